@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python 3.11 or later and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.PHONY: demo test test-fast check format clean
+
+demo: $(READY)
+	$(BIN)/eplb demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# everything but the tests that start a real vLLM
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not vllm"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p build/types && ln -sfn ../.. build/types/flash_eplb
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or later"; exit 1; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install torch -c requirements-dev.txt
+	@$(PIP) install --no-deps -r requirements-dev.txt
+	@$(PIP) install --no-deps --no-build-isolation ./scripts/vllm-dist
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@echo "compiling the planner's kernels"
+	@$(BIN)/eplb warmup
+	@touch $(READY)
+
+clean:
+	-test ! -x $(BIN)/eplb || $(BIN)/eplb clean
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
+	  scripts/vllm-dist/build scripts/vllm-dist/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Collectors: each step's heat from the engine into the heat ring."""

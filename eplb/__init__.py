@@ -1,0 +1,1 @@
+"""What a user touches: configuration, the vLLM plug-in, the command line, the demo."""

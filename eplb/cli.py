@@ -1,0 +1,224 @@
+"""The command `eplb`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from . import config as settings
+
+app = typer.Typer(
+    name="eplb",
+    help="An expert-parallel load balancer that runs beside vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Session = Annotated[str | None, typer.Option(help="Session of the engine (EPLB_SESSION).")]
+
+
+def _load(**overrides: Any) -> settings.Config:
+    try:
+        return settings.load_config(**overrides)
+    except settings.ConfigError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def planner(
+    session: Session = None,
+    exit_with_engine: Annotated[
+        bool, typer.Option(help="End when the engine is gone instead of waiting for the next.")
+    ] = False,
+) -> None:
+    """Plan for the engine of a session. Start it beside `vllm serve`; end it with Ctrl-C.
+
+    Example: EPLB_SESSION=a eplb planner
+    """
+    from ..ipc.liveness import SegmentError
+    from ..planners.engine_loop import Pace
+    from ..planners.greedy import Greedy
+    from ..planners.planner import Planner
+    from .logs import configure
+
+    config = _load(session=session)
+    configure(config.log_level)
+    for name in settings.unknown_variables():
+        typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
+
+    def make_policy(ranks: int, slots: int) -> Greedy:
+        return Greedy(
+            ranks,
+            slots,
+            min_excess=config.min_excess,
+            min_gain=config.min_gain,
+            max_moves=config.max_moves or None,
+        )
+
+    pace = Pace(
+        episode_steps=config.episode_steps,
+        window_episodes=config.window_episodes,
+        min_episodes=config.min_episodes,
+        plan_interval=config.plan_interval,
+        timeout_steps=2 * config.plan_timeout_steps,
+    )
+    try:
+        _run(lambda: Planner(config.session, make_policy, pace, exit_with_engine))
+    except SegmentError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _run(make_planner: Any) -> None:
+    """Run a planner on uvloop until it ends or SIGINT or SIGTERM comes."""
+    import uvloop
+
+    logging.getLogger("flash_eplb.planner").info("compiling kernels (a minute the first time)")
+    compile_kernels()
+
+    async def main() -> None:
+        planner = make_planner()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, planner.stop)
+        await planner.run()
+
+    uvloop.run(main())
+
+
+def compile_kernels() -> None:
+    """Compile, or load from the cache, all of the planner's kernels."""
+    from ..planners import engine_loop, greedy
+
+    engine_loop.warmup()
+    greedy.warmup()
+
+
+@app.command("config")
+def show_config() -> None:
+    """Show every setting: its value, where it comes from and what is allowed.
+
+    Example: EPLB_WINDOW_EPISODES=32 eplb config
+    """
+    config = _load()
+    table = Table(title="Settings")
+    table.add_column("variable", no_wrap=True)
+    for heading in ("value", "source", "allowed", "meaning"):
+        table.add_column(heading)
+    for name, field in settings.Config.model_fields.items():
+        value = getattr(config, name)
+        table.add_row(
+            settings.PREFIX + name.upper(),
+            str(int(value) if isinstance(value, bool) else value),
+            settings.source(name),
+            settings.allowed(name),
+            field.description or "",
+        )
+    Console(width=None if Console().is_terminal else 160).print(table)
+    for name in settings.unknown_variables():
+        typer.echo(f"eplb: {name} is no setting of ours: misspelt?", err=True)
+
+
+@app.command()
+def status(session: Session = None) -> None:
+    """Show what the ranks of a session are doing, once.
+
+    Example: eplb status --session a
+    """
+    from ..ipc.liveness import SegmentError, owner_is_alive
+    from ..ipc.names import planner_name
+    from ..ipc.status import Field, State
+    from ..planners.group import Group
+
+    config = _load(session=session)
+    try:
+        there = owner_is_alive(planner_name(config.session))
+        group = Group.attach(config.session)
+    except SegmentError as error:
+        typer.echo(f"eplb: no engine in session {config.session!r}: {error}", err=True)
+        raise typer.Exit(1) from None
+    table = Table("", *(f"rank {n}" for n in range(len(group.ranks))), title=config.session)
+    for field in Field:
+        values = [rank.status[field] for rank in group.ranks]
+        shown = [State(value).name.lower() for value in values] if field is Field.STATE else values
+        table.add_row(field.name.lower(), *map(str, shown))
+    Console().print(table)
+    typer.echo("planner: running" if there else "planner: none, experts stay where they are")
+    group.close()
+
+
+@app.command()
+def clean(
+    session: Annotated[str | None, typer.Option(help="Only this session; default all.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
+) -> None:
+    """Remove what dead processes left in shared memory; the living are never touched.
+
+    Example: eplb clean --dry-run
+    """
+    from ..ipc.liveness import SegmentError
+    from ..ipc.session import dead_names, remove_dead, session_lock, sessions
+
+    chosen = [_load(session=session).session] if session else sessions()
+    found = failed = 0
+    for name in chosen:
+        try:
+            with session_lock(name):
+                names = dead_names(name) if dry_run else remove_dead(name)
+        except SegmentError as error:
+            typer.echo(f"eplb: {error}", err=True)
+            failed += 1
+            continue
+        for entry in names:
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {entry}")
+        found += len(names)
+    if not found and not failed:
+        typer.echo("nothing to remove")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Option(help="Where the tiny checkpoint is kept.")] = "build/demo",
+) -> None:
+    """Run a real vLLM on the CPU with and without the balancer and compare their tokens.
+
+    Example: eplb demo
+    """
+    from .demo.run import run
+
+    raise typer.Exit(run(folder))
+
+
+@app.command()
+def warmup() -> None:
+    """Compile the planner's kernels now, so that its next start takes a second.
+
+    Example: eplb warmup
+    """
+    compile_kernels()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

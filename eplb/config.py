@@ -1,0 +1,121 @@
+"""Configuration: the `EPLB_*` environment variables, their ranges and where a value comes from."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ..ipc.names import check_session
+
+PREFIX = "EPLB_"
+
+
+class ConfigError(ValueError):
+    """One or more `EPLB_*` variables are wrong; the text lists all of them."""
+
+
+class Config(BaseSettings):
+    """All settings. A field `name` is read from the environment variable `EPLB_NAME`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+
+    enabled: bool = Field(False, description="balance; otherwise no hook is installed")
+    session: str = Field("default", description="tells two engines on one host apart")
+    spawn_planner: bool = Field(False, description="EP rank 0 starts the planner itself")
+    cpu_patches: bool = Field(
+        False, description="patch vLLM's CPU build so that it runs expert parallelism"
+    )
+    episode_steps: int = Field(16, ge=1, le=4096, description="steps summed to one episode")
+    window_episodes: int = Field(64, ge=1, le=1024, description="episodes that a plan looks at")
+    min_episodes: int = Field(8, ge=1, le=1024, description="episodes before the first plan")
+    plan_interval: int = Field(8, ge=1, le=4096, description="episodes between two plans")
+    min_excess: float = Field(
+        0.05, ge=0, le=100, description="layers with PAR - 1 below this are left alone"
+    )
+    min_gain: float = Field(
+        0.02, ge=0, le=100, description="PAR that a layer's new placement must win at least"
+    )
+    max_moves: int = Field(0, ge=0, le=10**6, description="slots moved per plan at most; 0: no cap")
+    staging_rows: int = Field(
+        8, ge=1, le=4096, description="experts on their way to a rank at once"
+    )
+    vote_steps: int = Field(4, ge=1, le=1024, description="steps between two votes of the ranks")
+    plan_timeout_steps: int = Field(
+        2000, ge=1, le=10**7, description="steps after which a round that is not staged is aborted"
+    )
+    transfer_timeout: float = Field(
+        60.0, gt=0, le=3600, description="seconds after which a transfer fails"
+    )
+    verify: bool = Field(True, description="check each expert's digest before and after its way")
+    ring_steps: int = Field(256, ge=8, le=65536, description="steps that the heat ring holds")
+    log_level: str = Field(
+        "INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        description="DEBUG, INFO, WARNING or ERROR",
+    )
+
+    @field_validator("session")
+    @classmethod
+    def _session(cls, value: str) -> str:
+        return check_session(value)
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+
+def load_config(**overrides: Any) -> Config:
+    """Read the environment; `overrides` (command-line options that are not None) win.
+
+    Raises:
+        ConfigError: all wrong values together: name, value, what is allowed.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Config(**given)
+    except ValidationError as error:
+        lines = [_complaint(item) for item in error.errors()]
+        raise ConfigError("\n".join(["wrong settings:", *lines])) from None
+
+
+def _complaint(item: Any) -> str:
+    name = str(item["loc"][0]).lower() if item["loc"] else "?"
+    name = name.removeprefix(PREFIX.lower())
+    return f"  {PREFIX}{name.upper()}={item['input']!r}: allowed is {allowed(name)}"
+
+
+def allowed(name: str) -> str:
+    """What values the setting `name` takes, in words."""
+    if name == "session":
+        return "1 to 32 letters, digits, '-' or '_'"
+    if name == "log_level":
+        return "DEBUG, INFO, WARNING or ERROR"
+    field = Config.model_fields[name]
+    if field.annotation is bool:
+        return "0 or 1"
+    kind = "an integer" if field.annotation is int else "a number"
+    low = high = ""
+    for bound in field.metadata:
+        low = f"from {bound.ge} " if hasattr(bound, "ge") else low
+        low = f"above {bound.gt} " if hasattr(bound, "gt") else low
+        high = f"to {bound.le}" if hasattr(bound, "le") else high
+    return f"{kind} {low}{high}"
+
+
+def source(name: str) -> str:
+    """Where the effective value of setting `name` comes from."""
+    variable = PREFIX + name.upper()
+    found = next((key for key in os.environ if key.upper() == variable), None)
+    return f"environment ({found})" if found else "default"
+
+
+def unknown_variables() -> list[str]:
+    """`EPLB_*` variables in the environment that name no setting: probably misspelt."""
+    known = {PREFIX + name.upper() for name in Config.model_fields}
+    return sorted(
+        key for key in os.environ if key.upper().startswith(PREFIX) and key.upper() not in known
+    )

@@ -1,0 +1,1 @@
+"""The demo: a tiny MoE checkpoint, a real vLLM, and the comparison with a run without us."""

@@ -1,0 +1,88 @@
+"""EP rank 0's eye on the planner: says when none is there, and spawns one if told to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+from ..ipc.liveness import SegmentError, owner_is_alive
+from ..ipc.names import planner_name
+from .config import Config
+
+log = logging.getLogger("flash_eplb.worker")
+
+_LOOK_EVERY = 2.0
+_GRACE = 10.0
+_SPAWN_EVERY = 10.0
+
+
+class PlannerWatch:
+    """Looks for a living planner now and then; `look` costs nothing in between."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._name = planner_name(config.session)
+        self._alive: bool | None = None
+        self._begin = time.monotonic()
+        self._next_look = 0.0
+        self._next_spawn = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look(self) -> None:
+        """Warn once when there is no planner, and again whenever that changes."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_EVERY
+        try:
+            alive = owner_is_alive(self._name)
+        except SegmentError as error:
+            alive = False
+            log.debug("no planner of ours: %s", error)
+        if alive and not self._alive:
+            log.info("a planner serves session %r", self._config.session)
+        elif not alive and self._config.spawn_planner:
+            self._spawn(now)
+        elif not alive and self._alive is not False:
+            if self._alive is None and now - self._begin < _GRACE:
+                return
+            log.warning(
+                "no planner serves session %r, experts stay where they are; "
+                "start one with `EPLB_SESSION=%s eplb planner`",
+                self._config.session,
+                self._config.session,
+            )
+        self._alive = alive
+
+    def _spawn(self, now: float) -> None:
+        """Start a planner, at most one every ten seconds; it ends with the workers."""
+        if now < self._next_spawn or (self._process and self._process.poll() is None):
+            return
+        self._next_spawn = now + _SPAWN_EVERY
+        if self._process is not None:
+            log.warning(
+                "the planner ended with exit code %s; starting another", self._process.returncode
+            )
+        command = [sys.executable, "-m", "flash_eplb.eplb.cli", "planner", "--exit-with-engine"]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+            # It inherits the core that this worker computes on; give it all, and a low priority.
+            os.sched_setaffinity(self._process.pid, range(os.cpu_count() or 1))
+            niceness = max(10, os.getpriority(os.PRIO_PROCESS, 0))
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
+        except OSError as error:
+            log.warning("the planner could not be started as it should be: %s", error)
+
+    def close(self) -> None:
+        """End the planner that was spawned here, if any."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,66 @@
+"""The plug-in under `vllm.general_plugins`: vLLM calls `register` in each of its processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+log = logging.getLogger("flash_eplb.worker")
+
+_PATIENCE = 3.0
+
+
+class _Process:
+    """Stands for this process; what is tied to it runs when the interpreter ends."""
+
+
+_process = _Process()
+
+
+def register() -> None:
+    """Install the hooks that the environment asks for; none with EPLB_ENABLED unset or false.
+
+    vLLM swallows what a plug-in raises, so whatever is wrong is logged here.
+    """
+    if not any(name.upper().startswith("EPLB_") for name in os.environ):
+        return
+    from .config import ConfigError, load_config
+    from .logs import configure
+
+    try:
+        config = load_config()
+    except ConfigError as error:
+        configure("INFO")
+        log.error("flash_eplb is off: %s", error)
+        return
+    try:
+        if config.cpu_patches:
+            from ..loaders import cpu_patches
+
+            cpu_patches.install()
+        if config.enabled:
+            configure(config.log_level)
+            from . import vllm_state
+
+            vllm_state.install(config)
+            _sweep_at_exit(config.session)
+    except Exception:
+        configure(config.log_level)
+        log.exception("flash_eplb is off: it does not fit this vLLM, which serves on without it")
+
+
+def _sweep_at_exit(session: str) -> None:
+    """Remove what killed workers left when the engine's main process ends.
+
+    Finalizers run in reverse order: made now, it runs after vLLM's own, which end the workers. A
+    worker removes its own names; it does not wait for the others.
+    """
+    from ..ipc.session import sweep
+    from . import vllm_state
+
+    def finish() -> None:
+        if not vllm_state.is_worker():
+            sweep(session, _PATIENCE)
+
+    weakref.finalize(_process, finish)

@@ -1,0 +1,101 @@
+"""What cannot be balanced, by name and with the reason: it is refused at the start."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: bool) -> str:
+    """Why a group of this configuration cannot be balanced; empty if it can.
+
+    Known when vLLM builds its `EplbState`, before any model is registered.
+
+    Args:
+        parallel_config: vLLM's `ParallelConfig`.
+        device_type: "cpu", "cuda", ...
+        uses_runner_v2: whether vLLM's model runner V2 runs the model.
+    """
+    ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
+    if device_type != "cpu":
+        return f"device {device_type!r}: this version balances vLLM's CPU build only"
+    if parallel_config.pipeline_parallel_size > 1:
+        return (
+            f"pipeline parallelism (pipeline_parallel_size="
+            f"{parallel_config.pipeline_parallel_size}): on model runner V1 stages before the "
+            "last do not count steps"
+        )
+    if uses_runner_v2:
+        return "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if getattr(parallel_config, "enable_elastic_ep", False):
+        return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
+    if ranks * getattr(parallel_config, "prefill_context_parallel_size", 1) == 1:
+        return "an EP group of one rank: there is nothing to balance"
+    if parallel_config.data_parallel_size > 1 and parallel_config.tensor_parallel_size > 1:
+        return (
+            f"tensor parallelism within data parallelism (TP="
+            f"{parallel_config.tensor_parallel_size}, DP={parallel_config.data_parallel_size}): "
+            "what a rank counts then is not settled"
+        )
+    if parallel_config.data_parallel_size > 1 and parallel_config.all2all_backend == "naive":
+        return "naive dispatch (all2all_backend=naive): it counts every token once per DP rank"
+    if getattr(parallel_config, "enable_dbo", False):
+        return "dual batch overlap (enable_dbo)"
+    return ""
+
+
+def unsupported_model(states: list[Any], ranks: int) -> str:
+    """Why registered models (vLLM's `EplbModelState`s) cannot be balanced; empty if they can."""
+    if not states:
+        return "no mixture-of-experts model was registered"
+    for state in states:
+        physical = state.physical_to_logical_map.shape[1]
+        experts = state.logical_replica_count.shape[1]
+        if physical % ranks:
+            return f"{physical} physical experts do not divide by {ranks} EP ranks"
+        if physical // ranks > experts:
+            return (
+                f"{physical // ranks} slots on a rank for {experts} experts: a rank would hold "
+                "an expert twice; lower num_redundant_experts"
+            )
+        for layer, tensors in enumerate(state.model.expert_weights):
+            for tensor in tensors:
+                if tensor.shape[0] != physical // ranks or not tensor[0].is_contiguous():
+                    return (
+                        f"{state.model_name}: an expert tensor of layer {layer} has shape "
+                        f"{tuple(tensor.shape)} and stride {tensor.stride()}, which cannot be "
+                        f"moved row by row ({physical // ranks} slots)"
+                    )
+    return ""
+
+
+RELOADS = ("reload_weights", "start_weight_update", "update_weights")
+"""Methods of vLLM's worker that write weights by the initial placement."""
+
+
+def guard_reloads(worker_class: type, have_moved: Callable[[], bool]) -> None:
+    """Let `worker_class` refuse to write weights once experts have moved.
+
+    vLLM's loader would put them where the experts were at the start: wrong tokens, and no error.
+    """
+    for name in RELOADS:
+        original = getattr(worker_class, name, None)
+        if original is None or hasattr(original, "_flash_eplb"):
+            continue
+        setattr(worker_class, name, _guarded(original, have_moved))
+
+
+def _guarded(original: Callable[..., Any], have_moved: Callable[[], bool]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if have_moved():
+            raise RuntimeError(
+                f"{original.__name__}: flash_eplb has moved experts since the start, and vLLM "
+                "writes weights by the initial placement; restart the engine, or run it with "
+                "EPLB_ENABLED=0, to change its weights"
+            )
+        return original(*args, **kwargs)
+
+    guarded._flash_eplb = True  # type: ignore[attr-defined]
+    return guarded

@@ -1,0 +1,177 @@
+"""The hook in vLLM: our `EplbState`, and the reasons not to install it.
+
+`EplbState.__new__` is replaced, so whoever imported the class earlier gets our subclass too.
+Upstream keeps registering models and counting heat; we override the steps, and its own
+`rearrange` never runs.
+
+What needs numba is imported when a model is registered, not at the top: before a worker is built,
+vLLM's CPU platform scans all modules and trips over llvmlite's (an object without `__dict__`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.distributed.parallel_state import get_ep_group
+
+from .config import Config
+from .support import guard_reloads, unsupported_mode, unsupported_model
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+log = logging.getLogger("flash_eplb.worker")
+
+
+class FlashEplbState(EplbState):
+    """vLLM's EPLB state with the balancing done by us."""
+
+    config: Config
+    worker: Worker | None = None
+    inert = ""
+    _agreed = False
+
+    def add_model(self, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Upstream's registration; its asynchronous worker is not used."""
+        super().add_model(model, model_config, *args, **kwargs)
+        self.is_async = False
+        self._main_model = model_config  # a drafter registers before the main model
+        try:
+            from ..ipc.rank_segment import warmup
+
+            warmup()  # no step shall wait for a compiler
+        except Exception as error:
+            log.exception("flash_eplb cannot run in this process")
+            self.inert = f"{type(error).__name__}: {error}"
+
+    def prepare_forward(
+        self, model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Upstream's, and the main model's forward passes are counted."""
+        super().prepare_forward(model_config, num_unpadded_tokens, *args, **kwargs)
+        if self.worker is not None and model_config is self._main_model:
+            self.worker.forward(int(num_unpadded_tokens))
+
+    def step(
+        self, is_dummy: bool = False, is_profile: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        """One step of ours instead of upstream's; profiling reserves nothing."""
+        if is_profile:
+            return
+        if self.worker is None and not self._agreed:
+            self._make_worker(is_dummy)
+        if self.worker is not None:
+            self.worker.step(is_dummy)
+
+    def rearrange(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Never: the planner alone decides."""
+        return None
+
+    def _make_worker(self, is_dummy: bool) -> None:
+        states = list(self.model_states.values())
+        coordinator = get_ep_group()
+        ranks = coordinator.world_size
+        self._agreed = True
+        reasons: list[str] = [""] * ranks
+        mine = self.inert or unsupported_model(states, ranks)
+        torch.distributed.all_gather_object(reasons, mine, group=coordinator.cpu_group)
+        if any(reasons):
+            self.inert = next(filter(None, reasons))
+            log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
+            return
+        from ..loaders.vllm_engine import VllmEngine
+        from .worker import Group, Worker
+
+        engine = VllmEngine(states, ranks)
+        tensor_parallel = self.parallel_config.tensor_parallel_size
+        group = Group(
+            rank=coordinator.rank_in_group,
+            ranks=ranks,
+            cpu_group=coordinator.cpu_group,
+            store=torch.distributed.distributed_c10d._get_default_store(),
+            counting=tuple(range(0, ranks, tensor_parallel)),
+        )
+        experts = states[-1].logical_replica_count.shape[1]
+        self.worker = Worker(self.config, group, engine, engine.models, experts)
+        if not is_dummy:
+            self.worker.forward(0)  # the pass that this first step ends
+
+
+_states: list[FlashEplbState] = []
+
+
+def is_worker() -> bool:
+    """Whether this process has built an EPLB state, that is, runs a rank."""
+    return bool(_states)
+
+
+def _have_moved() -> bool:
+    return any(state.worker is not None and state.worker.epoch > 0 for state in _states)
+
+
+def install(config: Config) -> None:
+    """Let every new `EplbState` be ours, unless its mode is not supported.
+
+    Raises:
+        RuntimeError: this vLLM's `EplbState` is not the one we know; upstream stays in charge.
+    """
+    missing = [
+        name
+        for name in ("add_model", "prepare_forward", "step", "rearrange")
+        if not callable(getattr(EplbState, name, None))
+    ]
+    if missing:
+        raise RuntimeError(
+            f"vLLM's EplbState has no {', '.join(missing)}: this version of vLLM is not known"
+        )
+
+    def new(cls: type[EplbState], *args: Any, **kwargs: Any) -> EplbState:
+        if cls is not EplbState:
+            return object.__new__(cls)
+        reason = _reason(*args, **kwargs)
+        if reason:
+            log.error("flash_eplb does not balance: %s; vLLM serves on without it", reason)
+            return object.__new__(cls)
+        state = object.__new__(FlashEplbState)
+        state.config = config
+        _states.append(state)
+        if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
+            guard_reloads(module.Worker, _have_moved)
+        return state
+
+    EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]
+    _warn_where_eplb_is_off()
+
+
+def _warn_where_eplb_is_off() -> None:
+    """Say so where vLLM is started without --enable-eplb: we would be on and do nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        if not made.parallel_config.enable_eplb:
+            log.warning(
+                "EPLB_ENABLED is set, but vLLM runs without --enable-eplb: nothing is balanced"
+            )
+        return made
+
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def _reason(*args: Any, **kwargs: Any) -> str:
+    parallel_config = kwargs.get("parallel_config", args[0] if args else None)
+    device = kwargs.get("device", args[1] if len(args) > 1 else None)
+    if parallel_config is None or device is None:
+        return "EplbState is built in an unknown way by this version of vLLM"
+    vllm_config = get_current_vllm_config_or_none()
+    runner_v2 = vllm_config is not None and vllm_config.use_v2_model_runner
+    return unsupported_mode(parallel_config, device.type, runner_v2)

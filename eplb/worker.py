@@ -1,0 +1,334 @@
+"""One rank's part: collector and loader around a serving engine's steps.
+
+The adaptor of an engine makes a `Worker` when the engine's models are loaded, calls `forward`
+before and `step` after each forward pass, and nothing else. At the first step all ranks agree on
+whether they can balance at all; if one cannot, none does, and each says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.util import Finalize
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from ..collectors.heat import HeatCollector
+from ..ipc.doorbell import Doorbell
+from ..ipc.liveness import SegmentError
+from ..ipc.names import bell_name, rank_name
+from ..ipc.rank_segment import RankSegment, segment_bytes
+from ..ipc.segment import Segment
+from ..ipc.shape import GroupShape, ModelShape
+from ..ipc.status import Field
+from ..loaders.engine import Engine
+from ..loaders.loader import Loader
+from ..loaders.stager import Stager
+from ..loaders.staging import Staging, digests, row_bytes
+from ..loaders.transport import Transport
+from ..loaders.vote import Vote
+from .config import Config
+from .planner_watch import PlannerWatch
+
+log = logging.getLogger("flash_eplb.worker")
+
+
+class UnsupportedError(Exception):
+    """This group cannot be balanced; the text names the reason. Equal on all ranks."""
+
+
+@dataclass
+class Group:
+    """The EP group as an engine gives it to us.
+
+    Attributes:
+        rank, ranks: of this process in the group.
+        cpu_group: process group of the EP ranks on the CPU, for votes and for the start.
+        store: a store that all ranks share, for our own connections.
+        counting: EP ranks whose heat adds up to the group's (`GroupShape.counting`).
+    """
+
+    rank: int
+    ranks: int
+    cpu_group: dist.ProcessGroup
+    store: dist.Store
+    counting: tuple[int, ...]
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every rank, in the order of the ranks."""
+        items: list[Any] = [None] * self.ranks
+        dist.all_gather_object(items, item, group=self.cpu_group)
+        return items
+
+
+class Worker:
+    """Balances one rank of an engine.
+
+    Args:
+        config: settings, equal on all ranks.
+        group: the EP group.
+        engine: its experts on this rank.
+        models: (name, layers) of the engine's models, in the engine's order.
+        experts: logical experts per layer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        group: Group,
+        engine: Engine,
+        models: list[tuple[str, int]],
+        experts: int,
+    ):
+        self._config = config
+        self._group = group
+        self._engine = engine
+        self._shape = GroupShape(
+            models=tuple(ModelShape(name, layers) for name, layers in models),
+            experts=experts,
+            ranks=group.ranks,
+            slots=engine.placement.shape[2],
+            counting=group.counting,
+            row_bytes=row_bytes(engine.weights),
+            staging_rows=config.staging_rows,
+            ring_slots=config.ring_steps,
+        )
+        self._step = 0
+        self._tokens = 0
+        self._in_forward = False
+        self._last_step_ns = 0
+        self.refused = ""
+        self._started = False
+        self._segment: RankSegment | None = None
+        self._bell: Doorbell | None = None
+        self._watch: PlannerWatch | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Rounds committed so far."""
+        return self._loader.epoch if self._started and not self.refused else 0
+
+    def forward(self, tokens: int) -> None:
+        """A forward pass of `tokens` tokens is about to run."""
+        if self._in_forward and self._started and not self.refused:
+            # The previous pass ended without its step. Its vote is still owed, and what it
+            # decides must happen before this pass; then balancing stops, on all ranks.
+            self._report_mismatch()
+            self._tick(is_dummy=True)
+        self._in_forward = True
+        self._tokens = tokens
+
+    def step(self, is_dummy: bool) -> None:
+        """The forward pass is over (`is_dummy`: its tokens and its heat do not count)."""
+        if not self._started:
+            self._start()
+        if self.refused:
+            for load in self._engine.loads:
+                load[:] = 0
+            return
+        begin = time.perf_counter_ns()
+        if self._in_forward == is_dummy:
+            self._report_mismatch()
+            if not is_dummy:  # a step of no forward pass: the other ranks do not count it
+                return
+            self._tick(is_dummy=True)
+        self._in_forward = False
+        self._tick(is_dummy)
+        assert self._segment is not None
+        self._segment.timings.add(time.perf_counter_ns() - begin, begin - self._last_step_ns)
+        self._last_step_ns = begin
+
+    def _tick(self, is_dummy: bool) -> None:
+        self._step += 1
+        self._collector.collect(self._step, self._tokens, is_dummy, self._loader.epoch)
+        committed = self._loader.tick()
+        assert self._segment is not None
+        self._segment.status[Field.STEP] = self._step
+        if self._bell is not None and (committed or self._step % self._config.episode_steps == 0):
+            self._bell.ring()
+            assert self._watch is not None
+            self._watch.look()
+
+    def _report_mismatch(self) -> None:
+        if not self._loader.mismatch:
+            assert self._segment is not None
+            self._segment.status.add(Field.MISMATCHES)
+            self._loader.mismatch = True
+
+    def _start(self) -> None:
+        """At the first step of all ranks: agree to balance, or not to; equal on all ranks."""
+        self._started = True
+        try:
+            reference, generation = self._agree()
+            Finalize(None, self.close, exitpriority=100)
+            self._together(lambda: self._open_names(generation))
+            self._together(lambda: _find(self._config.session, generation))
+            self._together(lambda: self._build(reference))
+        except UnsupportedError as error:
+            self.refused = str(error)
+            self.close()
+            log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", error)
+
+    def _agree(self) -> tuple[np.ndarray | None, int]:
+        """Digests of all experts (None without EPLB_VERIFY) and the number of this group."""
+        found: list[list[int]] = []
+        self._together(lambda: found.extend(digests(self._engine.weights)))
+        mine = {
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            "shape": self._shape,
+            "config": self._config.model_dump(exclude={"log_level"}),
+            "digests": np.array(found, dtype=np.int64),
+            "generation": secrets.randbits(62) | 1,
+        }
+        everyone = self._group.gather(mine)
+        for rank, theirs in enumerate(everyone):
+            if theirs["boot"] != everyone[0]["boot"]:
+                raise UnsupportedError(
+                    f"EP rank {rank} is on host {theirs['host']} and EP rank 0 on "
+                    f"{everyone[0]['host']}: an EP group over several hosts is not supported yet"
+                )
+            for what in ("config", "shape"):
+                if theirs[what] != everyone[0][what]:
+                    raise UnsupportedError(
+                        f"EP rank {rank} and EP rank 0 differ in their {what}: "
+                        f"{_difference(theirs[what], everyone[0][what])}"
+                    )
+        slots = np.stack([theirs["digests"] for theirs in everyone], axis=1)
+        reference = reference_digests(slots, self._engine.placement, self._shape.experts)
+        return (reference if self._config.verify else None), everyone[0]["generation"]
+
+    def _open_names(self, generation: int) -> None:
+        """This rank's segment and, on rank 0, the doorbell."""
+        session, rank = self._config.session, self._group.rank
+        self._segment = RankSegment.create(session, self._shape, rank, generation)
+        if rank == 0:
+            self._bell = Doorbell.create(bell_name(session))
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; UnsupportedError everywhere if it fails on one.
+
+        A rank that fails alone would leave the others waiting for its votes.
+        """
+        reason = ""
+        try:
+            action()
+        except SegmentError as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("EP rank %d cannot be balanced", self._group.rank)
+            reason = f"{type(error).__name__}: {error}"
+        for rank, theirs in enumerate(self._group.gather(reason)):
+            if theirs:
+                raise UnsupportedError(f"EP rank {rank}: {theirs}")
+
+    def _build(self, reference: np.ndarray | None) -> None:
+        assert self._segment is not None
+        config, group, engine = self._config, self._group, self._engine
+        staging = Staging(engine.weights, config.staging_rows)
+        transport = Transport(group.store, group.rank, group.ranks, config.transfer_timeout)
+        stager = Stager(engine.weights, staging, transport, group.rank, reference)
+        self._collector = HeatCollector(self._segment.heat, engine.loads)
+        self._loader = Loader(
+            engine,
+            self._segment,
+            Vote(group.cpu_group, group.rank),
+            stager,
+            staging,
+            config.vote_steps,
+            config.plan_timeout_steps,
+        )
+        self._segment.publish()
+        if group.rank == 0:
+            self._watch = PlannerWatch(config)
+            shape = self._shape
+            log.info(
+                "flash_eplb balances session %r: %d layers, %d experts in %d slots on %d EP "
+                "ranks; per rank %.1f MiB shared memory, %.1f MiB staging; transport gloo",
+                config.session,
+                shape.layers,
+                shape.experts,
+                shape.columns,
+                shape.ranks,
+                segment_bytes(shape) / 2**20,
+                staging.nbytes / 2**20,
+            )
+
+    def close(self) -> None:
+        """Remove what this rank owns and end what it started."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+
+def reference_digests(found: np.ndarray, placement: np.ndarray, experts: int) -> np.ndarray:
+    """One digest per (layer, expert), if all its replicas agree.
+
+    Args:
+        found: int64 [layers, ranks, slots], the digest of each slot.
+        placement: int [layers, ranks, slots].
+        experts: logical experts per layer.
+
+    Returns:
+        int64 [layers, experts].
+
+    Raises:
+        UnsupportedError: replicas whose weights differ; names the first.
+    """
+    layers, ranks, slots = placement.shape
+    reference = np.full((layers, experts), -1, dtype=np.int64)
+    for layer in range(layers):
+        for rank in range(ranks):
+            for slot in range(slots):
+                expert = placement[layer, rank, slot]
+                digest = found[layer, rank, slot]
+                if reference[layer, expert] not in (-1, digest):
+                    raise UnsupportedError(
+                        f"layer {layer} expert {expert}: the replica on rank {rank} slot {slot} "
+                        "has other weights than the first (load_format=dummy makes such replicas)"
+                    )
+                reference[layer, expert] = digest
+    return reference
+
+
+def _find(session: str, generation: int) -> None:
+    """Raise SegmentError unless EP rank 0's segment is visible here."""
+    name = rank_name(session, 0)
+    try:
+        segment = Segment.open(name, published=False)
+        same = segment.generation == generation
+        segment.close()
+    except SegmentError:
+        same = False
+    if not same:
+        raise SegmentError(
+            f"it does not share /dev/shm with EP rank 0 ({name} is not visible), so no planner "
+            "can serve both; run the workers of a group in one container or share /dev/shm"
+        )
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    if not isinstance(mine, dict):
+        return f"{mine} and {theirs}"
+    return ", ".join(
+        f"EPLB_{name.upper()}={mine[name]!r} and {theirs[name]!r}"
+        for name in mine
+        if mine[name] != theirs[name]
+    )

@@ -1,0 +1,1 @@
+"""Shared memory between vLLM workers and the planner: segments, heat ring, plan queue, doorbell."""

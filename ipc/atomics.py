@@ -1,0 +1,71 @@
+"""Acquire and release operations on shared memory.
+
+The hosts are x86-64 and aarch64; on the latter plain stores may be seen out of order by another
+core. Every word that another process waits for is therefore read with `load_acquire` and written
+with `store_release`, and the seqlocks of `heat_ring` and `board` use the two fences. All four are
+numba intrinsics over LLVM's atomic instructions; from Python they cost one call into compiled code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+WORD = np.dtype("<i8")
+"""A shared word: 8 bytes, aligned, never torn on the two architectures."""
+
+
+def _word_pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return cgutils.gep(builder, array.data, args[1])
+
+
+@intrinsic
+def _load_acquire(typingctx, words, index):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        pointer = _word_pointer(context, builder, signature, args)
+        return builder.load_atomic(pointer, ordering="acquire", align=8)
+
+    return types.int64(words, types.intp), codegen
+
+
+@intrinsic
+def _store_release(typingctx, words, index, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        pointer = _word_pointer(context, builder, signature, args)
+        builder.store_atomic(args[2], pointer, ordering="release", align=8)
+        return context.get_dummy_value()
+
+    return types.void(words, types.intp, types.int64), codegen
+
+
+def _fence(ordering: str) -> Any:
+    @intrinsic
+    def fence(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
+            builder.fence(ordering)
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return fence
+
+
+fence_acquire = _fence("acquire")
+fence_release = _fence("release")
+
+
+@njit(cache=True, nogil=True)
+def load_acquire(words: np.ndarray, index: int) -> int:
+    """Read `words[index]` (int64); nothing after it is read earlier."""
+    return _load_acquire(words, index)
+
+
+@njit(cache=True, nogil=True)
+def store_release(words: np.ndarray, index: int, value: int) -> None:
+    """Write `words[index]` (int64); nothing before it is written later."""
+    _store_release(words, index, value)

@@ -1,0 +1,98 @@
+"""The plan queue: rounds from the planner to one rank's loader.
+
+Owner: the worker creates it. Producer: the planner whose generation stands in it, one at a time.
+Consumer: the loader. A record is seen only once the head has moved past it, so a producer that
+dies while writing leaves nothing. A new planner writes its generation first; the loader drops
+records of other generations. An empty poll costs one atomic load.
+
+    word 0   head: records written          word 8    tail: records read (in its own cache line)
+    word 16  generation of the producer
+    from byte 192 on   slots: version, bytes, crc (uint32 each), -, then the record
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+from .atomics import WORD, load_acquire, store_release
+from .round import RoundError
+from .segment import ALIGNMENT, aligned
+
+RECORD_VERSION = 1
+SLOTS = 4
+"""Rounds that may wait; the planner keeps the others to itself."""
+
+_HEAD, _TAIL, _GENERATION = 0, 8, 16
+_FIRST = 3 * ALIGNMENT
+_PREFIX = struct.Struct("<IIII")
+
+
+class PlanQueue:
+    """The queue over `body` (uint8, `size(limit)` bytes) for records of at most `limit` bytes."""
+
+    def __init__(self, body: np.ndarray, limit: int):
+        self.limit = limit
+        self._words = body[: len(body) // 8 * 8].view(WORD)
+        self._slot_bytes = aligned(_PREFIX.size + limit)
+        self._slots = body[_FIRST : _FIRST + SLOTS * self._slot_bytes].reshape(SLOTS, -1)
+        self._tail = int(self._words[_TAIL])
+
+    @staticmethod
+    def size(limit: int) -> int:
+        """Bytes of a queue."""
+        return _FIRST + SLOTS * aligned(_PREFIX.size + limit)
+
+    @property
+    def generation(self) -> int:
+        """Generation of the planner that writes here; 0 before the first."""
+        return load_acquire(self._words, _GENERATION)
+
+    def take_over(self, generation: int) -> None:
+        """Producer: from now on the records are this planner's."""
+        store_release(self._words, _GENERATION, generation)
+
+    def is_full(self) -> bool:
+        """Producer: whether `put` would find no slot."""
+        waiting = load_acquire(self._words, _HEAD) - load_acquire(self._words, _TAIL)
+        return waiting >= SLOTS
+
+    def put(self, record: bytes) -> None:
+        """Producer: append `record`; ask `is_full` before.
+
+        Raises:
+            ValueError: the queue is full, or the record is longer than `limit`.
+        """
+        if len(record) > self.limit or self.is_full():
+            raise ValueError(f"no room for {len(record)} bytes (limit {self.limit})")
+        head = load_acquire(self._words, _HEAD)
+        slot = self._slots[head % SLOTS]
+        prefix = _PREFIX.pack(RECORD_VERSION, len(record), zlib.crc32(record), 0)
+        slot[: len(prefix) + len(record)] = np.frombuffer(prefix + record, np.uint8)
+        store_release(self._words, _HEAD, head + 1)
+
+    def has_record(self) -> bool:
+        """Consumer: whether a record waits; one atomic load."""
+        return load_acquire(self._words, _HEAD) != self._tail
+
+    def get(self) -> bytes:
+        """Consumer: the oldest waiting record; it is taken even if it turns out to be damaged.
+
+        Raises:
+            RoundError: another version of records, or a CRC that does not fit.
+        """
+        slot = self._slots[self._tail % SLOTS].tobytes()
+        self._tail += 1
+        store_release(self._words, _TAIL, self._tail)
+        version, length, crc, _ = _PREFIX.unpack_from(slot)
+        if version != RECORD_VERSION:
+            raise RoundError(
+                f"record version {version}, this loader reads {RECORD_VERSION}; "
+                "run the same flash_eplb in the workers and the planner"
+            )
+        record = slot[_PREFIX.size : _PREFIX.size + length]
+        if len(record) != length or zlib.crc32(record) != crc:
+            raise RoundError("its checksum does not fit")
+        return record

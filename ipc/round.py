@@ -1,0 +1,108 @@
+"""A round of a plan on the wire, and the checks that every loader makes before it believes one."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from .placement import MOVE, PlacementError, apply_moves, check_placement
+from .shape import GroupShape
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""What fits into a shared word; a record with other numbers is refused."""
+
+
+class RoundError(ValueError):
+    """A round that must not be carried out; the text says what is wrong with it."""
+
+
+class Round(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One step from a valid placement to the next: the slots to be written, all at once.
+
+    Attributes:
+        generation: of the planner that wrote it.
+        plan: number of the plan within the generation; a higher one supersedes a lower one.
+        sequence: number of the round within the generation.
+        last: whether this is the plan's last round.
+        epoch: number of committed rounds that it starts from.
+        layers, ranks, slots: shape of the placement it was made for.
+        moves: `MOVE` records, as bytes.
+    """
+
+    generation: Number
+    plan: Number
+    sequence: Number
+    last: bool
+    epoch: Number
+    layers: Number
+    ranks: Number
+    slots: Number
+    moves: bytes
+
+    def move_array(self) -> np.ndarray:
+        """The moves as a `MOVE` array."""
+        if len(self.moves) % MOVE.itemsize:
+            raise RoundError(f"{len(self.moves)} bytes of moves are no multiple of {MOVE.itemsize}")
+        return np.frombuffer(self.moves, MOVE)
+
+
+def encode_round(round_: Round) -> bytes:
+    """The record's bytes."""
+    return msgspec.msgpack.encode(round_)
+
+
+def decode_round(record: bytes) -> Round:
+    """The round in `record`; RoundError if there is none."""
+    try:
+        return msgspec.msgpack.decode(record, type=Round)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RoundError(f"not a round: {error}") from error
+
+
+def round_identity(record: bytes) -> int:
+    """A positive 63-bit digest: two ranks hold the same round only if these are equal."""
+    digest = hashlib.blake2b(record, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 1) | 1
+
+
+def record_limit(shape: GroupShape) -> int:
+    """Bytes that the longest round of this group needs."""
+    moves = min(shape.staging_rows * shape.ranks, shape.layers * shape.columns)
+    return 128 + moves * MOVE.itemsize
+
+
+def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.ndarray:
+    """The placement after `round_`, if the round may be carried out from `placement`.
+
+    Args:
+        round_: what the planner sent.
+        shape: of this group.
+        placement: int [layers, ranks, slots], what is committed now.
+
+    Raises:
+        RoundError: another shape, too many rows for a rank, a source that does not hold its
+            expert, an expert dropped, or one doubled on a rank.
+    """
+    wanted = (shape.layers, shape.ranks, shape.slots)
+    if (round_.layers, round_.ranks, round_.slots) != wanted:
+        raise RoundError(
+            f"made for (layers, ranks, slots) = "
+            f"{(round_.layers, round_.ranks, round_.slots)}, this group has {wanted}"
+        )
+    moves = round_.move_array()
+    if not len(moves):
+        raise RoundError("it moves nothing")
+    try:
+        after = apply_moves(placement, moves)
+        check_placement(after, shape.experts)
+    except PlacementError as error:
+        raise RoundError(str(error)) from error
+    rows = int(np.bincount(moves["rank"], minlength=shape.ranks).max())
+    if rows > shape.staging_rows:
+        raise RoundError(
+            f"it fills {rows} rows on one rank, EPLB_STAGING_ROWS is there for {shape.staging_rows}"
+        )
+    return after

@@ -1,0 +1,128 @@
+"""A session's lock, and the removal of what dead processes left; imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+import posix_ipc
+
+from .liveness import SegmentError, owner_is_alive
+from .names import bell_name, rank_name
+
+
+@contextlib.contextmanager
+def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
+    """Hold the session's lock: names are created, taken over and unlinked under it only.
+
+    The lock is a segment that its holder unlinks before it lets go; whoever waited on the old
+    inode sees that the name is gone and tries again. A holder that dies leaves a free lock.
+
+    Raises:
+        SegmentError: the lock was not free within `timeout` seconds, or is another user's.
+    """
+    path = f"/dev/shm/eplb.{session}.lock"
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SegmentError(
+                f"the lock of session {session!r} ({path}) cannot be opened: {error.strerror}; "
+                "choose another EPLB_SESSION"
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same_file(path, fd):
+                break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise SegmentError(
+                    f"the lock of session {session!r} ({path}) was held for {timeout:.0f} s; "
+                    "is a process of this session stopped?"
+                ) from None
+            time.sleep(0.005)
+        os.close(fd)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(fd)
+
+
+def _is_same_file(path: str, fd: int) -> bool:
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def sessions() -> list[str]:
+    """Sessions that have a name in /dev/shm, dead or alive."""
+    names = (entry.split(".") for entry in os.listdir("/dev/shm") if entry.startswith("eplb."))
+    return sorted({parts[1] for parts in names if len(parts) >= 3})
+
+
+def segment_names(session: str) -> list[str]:
+    """Segments of `session`, the lock aside."""
+    prefix = f"eplb.{session}."
+    return sorted(
+        "/" + entry
+        for entry in os.listdir("/dev/shm")
+        if entry.startswith(prefix) and not entry.endswith(".lock")
+    )
+
+
+def dead_names(session: str) -> list[str]:
+    """Segments of `session` whose owner is dead; another user's are passed over."""
+    return [name for name in segment_names(session) if not _may_live(name)]
+
+
+def _may_live(name: str) -> bool:
+    """Whether the owner lives, or is another user whose life cannot be told."""
+    try:
+        return owner_is_alive(name)
+    except SegmentError:
+        return True
+
+
+def remove_dead(session: str) -> list[str]:
+    """Unlink what dead owners of `session` left and return the names. Call it under the lock.
+
+    The queue goes before the segments that tell of it, so that a death in between leaves a name
+    by which the next cleaner finds the rest.
+    """
+    removed = []
+    dead = dead_names(session)
+    if dead and not _may_live(rank_name(session, 0)):
+        with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+            posix_ipc.unlink_message_queue(bell_name(session))
+            removed.append(bell_name(session))
+    for name in dead:
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(name)
+            removed.append(name)
+    return removed
+
+
+def sweep(session: str, patience: float) -> None:
+    """At the end of an engine's main process: remove what its killed workers left.
+
+    `vllm serve` kills its workers on SIGTERM; `patience` is how many seconds they may take to die.
+    """
+    deadline = time.monotonic() + patience
+    while segment_names(session):
+        try:
+            with session_lock(session):
+                remove_dead(session)
+        except SegmentError:
+            return  # nobody reads what is raised here; `eplb clean` will say it
+        workers = [name for name in segment_names(session) if ".rank." in name]
+        if not workers or time.monotonic() > deadline:
+            return
+        time.sleep(0.05)

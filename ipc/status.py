@@ -1,0 +1,147 @@
+"""What a worker tells of itself: the status block, the placement board and the step timings.
+
+Owner: the worker writes, anyone reads. The status block's words are independent counters. The
+board is a seqlock (odd while it is written), so that placement and epoch are read together.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numba import njit
+
+from .atomics import (
+    WORD,
+    _load_acquire,
+    _store_release,
+    fence_acquire,
+    fence_release,
+    load_acquire,
+    store_release,
+)
+from .segment import ALIGNMENT, aligned
+
+
+class State(IntEnum):
+    """What a loader is doing."""
+
+    IDLE = 0
+    STAGING = 1
+    STAGED = 2
+    STOPPED = 3
+
+
+class Field(IntEnum):
+    """Words of the status block. `*_ROUND` hold sequence numbers of the planner's generation."""
+
+    STEP = 0
+    EPOCH = 1
+    STATE = 2
+    GENERATION = 3
+    COMMITTED_ROUND = 4
+    DROPPED_ROUND = 5
+    COMMITTED = 6
+    ABORTED = 7
+    REFUSED = 8
+    STALE = 9
+    MOVED_ROWS = 10
+    RECEIVED_BYTES = 11
+    MISMATCHES = 12
+
+
+class StatusBlock:
+    """Counters over `body` (uint8, `SIZE` bytes)."""
+
+    SIZE = 8 * 32
+
+    def __init__(self, body: np.ndarray):
+        self._words = body[: self.SIZE].view(WORD)
+
+    def __getitem__(self, field: Field) -> int:
+        return load_acquire(self._words, int(field))
+
+    def __setitem__(self, field: Field, value: int) -> None:
+        store_release(self._words, int(field), value)
+
+    def add(self, field: Field, amount: int = 1) -> None:
+        """Writer: count `amount` more."""
+        self[field] = self[field] + amount
+
+    def snapshot(self) -> dict[str, int]:
+        """All fields by name, in lower case."""
+        return {field.name.lower(): self[field] for field in Field}
+
+
+@njit(cache=True, nogil=True)
+def _write_board(words, cells, epoch, placement):
+    sequence = words[0]
+    _store_release(words, 0, sequence + 1)
+    fence_release()
+    words[1] = epoch
+    cells[:] = placement
+    _store_release(words, 0, sequence + 2)
+
+
+@njit(cache=True, nogil=True)
+def _read_board(words, cells, out):
+    before = _load_acquire(words, 0)
+    epoch = words[1]
+    out[:] = cells
+    fence_acquire()
+    return before, _load_acquire(words, 0), epoch
+
+
+class Board:
+    """Committed placement and its epoch over `body` (uint8, `size(cells)` bytes).
+
+    A planner that starts anew reads here where the experts really are.
+    """
+
+    def __init__(self, body: np.ndarray, shape: tuple[int, int, int]):
+        self._shape = shape
+        cells = int(np.prod(shape))
+        self._words = body[:ALIGNMENT].view(WORD)
+        self._cells = body[ALIGNMENT : ALIGNMENT + 2 * cells].view("<i2")
+
+    @staticmethod
+    def size(cells: int) -> int:
+        """Bytes of a board of `cells` slots."""
+        return ALIGNMENT + aligned(2 * cells)
+
+    def write(self, epoch: int, placement: np.ndarray) -> None:
+        """Writer: show `placement` (int [layers, ranks, slots]) as of `epoch`."""
+        _write_board(self._words, self._cells, epoch, placement.astype(np.int16).ravel())
+
+    def read(self) -> tuple[int, np.ndarray] | None:
+        """(epoch, int32 [layers, ranks, slots]); None if it is being written or never was."""
+        out = np.empty(self._cells.size, np.int16)
+        before, after, epoch = _read_board(self._words, self._cells, out)
+        if before != after or before == 0 or before % 2:
+            return None
+        return int(epoch), out.astype(np.int32).reshape(self._shape)
+
+
+class StepTimings:
+    """The latest `CAPACITY` steps: nanoseconds in our `step()` and between two of its calls.
+
+    Read for statistics only; a sample that is being overwritten may mix two steps.
+    """
+
+    CAPACITY = 4096
+    SIZE = ALIGNMENT + 2 * 8 * CAPACITY
+
+    def __init__(self, body: np.ndarray):
+        self._count = body[:8].view(WORD)
+        self._samples = body[ALIGNMENT : self.SIZE].view(WORD).reshape(self.CAPACITY, 2)
+
+    def add(self, spent: int, period: int) -> None:
+        """Writer: one more step."""
+        count = int(self._count[0])
+        row = self._samples[count % self.CAPACITY]
+        row[0], row[1] = spent, period
+        self._count[0] = count + 1
+
+    def read(self) -> np.ndarray:
+        """int64 [steps, 2]: spent and period of the latest steps, in no order."""
+        return self._samples[: min(int(self._count[0]), self.CAPACITY)].copy()

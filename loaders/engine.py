@@ -1,0 +1,33 @@
+"""The adaptor interface: what the loader needs to know of a serving engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Engine(Protocol):
+    """A serving engine's experts on one rank.
+
+    Attributes:
+        weights: per layer, every tensor that belongs to an expert, each [slots, ...]: weights,
+            scales, biases. The loader reads them while transfers run and writes whole rows at a
+            commit, between two steps.
+        placement: int32 [layers, ranks, slots], the engine's placement at the start.
+        loads: per model, int32 [layers of the model, ranks * slots]: this step's heat, counted by
+            the engine and set to zero by the collector.
+    """
+
+    weights: list[list[torch.Tensor]]
+    placement: np.ndarray
+    loads: list[np.ndarray]
+
+    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+        """Route by `placement` (int [layers, ranks, slots]) in `layers` from the next step on.
+
+        Called between two steps, after the rows of the commit stand in `weights`. Tables are
+        changed in place: captured graphs hold their addresses.
+        """
+        ...

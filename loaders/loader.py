@@ -1,0 +1,294 @@
+"""The loader: from the plan queue to weights and maps, on all ranks at the same step.
+
+One round at a time goes through these states, and every change of state that another rank must
+share follows from a vote (`vote.py`) alone:
+
+    idle --(all ranks name the same round)--> staging --(all have staged it)--> commit --> idle
+                                                  '----(any rank failed)-----> abort ---> idle
+
+What is decided here alone is only what goes into the ballot: which round waits at the head of the
+queue, and whether the stager is done. A rank whose stager is still busy with an aborted round names
+no round, so its rows are not filled again while a late receive may land in them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from ..ipc.rank_segment import RankSegment
+from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
+from ..ipc.status import Field, State
+from .engine import Engine
+from .stager import Errand, Stager, my_rows
+from .staging import Staging
+from .vote import Ballot, Outcome, Vote
+
+log = logging.getLogger("flash_eplb.loader")
+T = TypeVar("T")
+
+
+class Pending(NamedTuple):
+    """A round that was read from the queue: its identity and what it says."""
+
+    identity: int
+    round: Round
+
+
+class Loader:
+    """The loader of one rank; all methods belong to the engine's main thread.
+
+    Args:
+        engine: whose weights and maps change.
+        segment: this rank's segment.
+        vote: over all ranks of the group.
+        stager: fetches rows into `staging`.
+        vote_steps: steps between two votes, equal on all ranks.
+        timeout_steps: steps after which a round that is not staged fails.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        segment: RankSegment,
+        vote: Vote,
+        stager: Stager,
+        staging: Staging,
+        vote_steps: int,
+        timeout_steps: int,
+    ):
+        self._engine = engine
+        self._shape = segment.header.shape
+        self._rank = segment.header.rank
+        self._plans = segment.plans
+        self._status = segment.status
+        self._board = segment.board
+        self._vote = vote
+        self._stager = stager
+        self._staging = staging
+        self._vote_steps = vote_steps
+        self._timeout_steps = timeout_steps
+        self._pending: deque[Pending] = deque()
+        self._voted: Pending | None = None
+        self._active: Pending | None = None
+        self._after = engine.placement
+        self._active_since = 0
+        self._complaints: set[str] = set()
+        self._step = 0
+        self._transport_epoch = 0
+        self.placement = engine.placement.copy()
+        self.epoch = 0
+        self.mismatch = False
+        self.stopped = ""
+        self._broken = False
+        self._board.write(0, self.placement)
+        self._stager.connect(self._transport_epoch)
+
+    def tick(self) -> bool:
+        """Once per step, after the forward pass; returns whether a round was committed.
+
+        Nothing here waits, except for a rank that has not cast the vote it owes.
+        """
+        self._step += 1
+        if self.stopped:
+            return False
+        if self._plans.has_record():
+            self._guard(self._collect)
+        if self._step % self._vote_steps:
+            return False
+        try:
+            outcome = self._vote.consume()
+        except RuntimeError as error:
+            self._stop(f"the vote failed: {error}")
+            return False
+        committed = outcome is not None and self._act(outcome)
+        if not self.stopped:
+            self._voted = self._guard(self._candidate)
+            self._vote.issue(self._ballot())
+        return committed
+
+    def _guard(self, action: Callable[[], T]) -> T | None:
+        """Run `action`; an error of ours stops balancing, by the next vote, and not inference."""
+        try:
+            return action()
+        except Exception:
+            log.exception("EP rank %d stops balancing after an error", self._rank)
+            self._broken = True
+            return None
+
+    def _collect(self) -> None:
+        """Move waiting records from the queue to `_pending`; refuse what cannot be right."""
+        while self._plans.has_record():
+            try:
+                record = self._plans.get()
+                round_ = decode_round(record)
+            except RoundError as error:
+                self._refuse(str(error), None)
+                continue
+            if round_.generation != self._plans.generation:
+                self._status.add(Field.STALE)
+                continue
+            self._follow(round_.generation)
+            while self._pending and _is_older(self._pending[0].round, round_):
+                self._drop(self._pending.popleft())
+            self._pending.append(Pending(round_identity(record), round_))
+
+    def _follow(self, generation: int) -> None:
+        """Speak of this planner's rounds from now on; its sequence numbers start at one."""
+        if self._status[Field.GENERATION] != generation:
+            self._status[Field.GENERATION] = 0
+            self._status[Field.COMMITTED_ROUND] = self._status[Field.DROPPED_ROUND] = 0
+            self._status[Field.GENERATION] = generation
+
+    def _tell(self, field: Field, round_: Round) -> None:
+        if round_.generation == self._status[Field.GENERATION]:
+            self._status[field] = round_.sequence
+
+    def _candidate(self) -> Pending | None:
+        """The round that this rank would start now; rounds from another epoch are dropped."""
+        if self._active is not None or self._stager.busy:
+            return None
+        while self._pending:
+            head = self._pending[0]
+            if head.round.generation != self._plans.generation or head.round.epoch != self.epoch:
+                self._drop(self._pending.popleft())
+                continue
+            try:
+                self._after = check_round(head.round, self._shape, self.placement)
+                return head
+            except RoundError as error:
+                self._pending.popleft()
+                self._refuse(str(error), head.round)
+        return None
+
+    def _drop(self, pending: Pending) -> None:
+        self._status.add(Field.STALE)
+        self._tell(Field.DROPPED_ROUND, pending.round)
+
+    def _refuse(self, reason: str, round_: Round | None) -> None:
+        """Count a bad round; log it once per reason."""
+        self._status.add(Field.REFUSED)
+        if round_ is not None:
+            self._tell(Field.DROPPED_ROUND, round_)
+        if reason not in self._complaints and len(self._complaints) < 100:
+            self._complaints.add(reason)
+            log.error("EP rank %d refuses a plan: %s; nothing was touched", self._rank, reason)
+
+    def _ballot(self) -> Ballot:
+        staged = failed = False
+        if self._active is not None:
+            result = self._stager.result
+            if result is not None and result.identity == self._active.identity:
+                staged, failed = not result.error, bool(result.error)
+            elif self._step - self._active_since >= self._timeout_steps:
+                failed = True
+        return Ballot(
+            candidate=self._voted.identity if self._voted else 0,
+            staged=staged,
+            failed=failed,
+            mismatch=self.mismatch,
+            stopped=self._broken,
+            epoch=self.epoch,
+        )
+
+    def _act(self, outcome: Outcome) -> bool:
+        """What follows from a vote; the same on every rank."""
+        reason = _reason_to_stop(outcome)
+        if reason:
+            self._stop(reason)
+        elif self._active is not None and outcome.failed_rank >= 0:
+            self._abort(outcome.failed_rank)
+        elif self._active is not None and outcome.staged:
+            self._commit()
+            return True
+        elif self._active is None and outcome.start:
+            self._start()
+        return False
+
+    def _start(self) -> None:
+        assert self._voted is not None
+        self._active = self._voted
+        self._active_since = self._step
+        if self._pending and self._pending[0] is self._active:
+            self._pending.popleft()
+        self._status[Field.STATE] = State.STAGING
+        moves = self._active.round.move_array()
+        self._stager.begin(Errand(self._active.identity, moves, self._transport_epoch))
+
+    def _commit(self) -> None:
+        """Rows, then maps, then board: on all ranks between the same two steps."""
+        assert self._active is not None
+        moves = self._active.round.move_array()
+        for row, number in enumerate(my_rows(moves, self._rank)):
+            move = moves[number]
+            self._staging.commit(row, int(move["layer"]), int(move["slot"]))
+        layers = np.unique(moves["layer"])
+        self._engine.commit_placement(layers, self._after)
+        self.placement = self._after
+        self.epoch += 1
+        self._board.write(self.epoch, self.placement)
+        result = self._stager.result
+        assert result is not None
+        self._status.add(Field.MOVED_ROWS, len(my_rows(moves, self._rank)))
+        self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
+        self._status.add(Field.COMMITTED)
+        self._tell(Field.COMMITTED_ROUND, self._active.round)
+        self._status[Field.EPOCH] = self.epoch
+        self._status[Field.STATE] = State.IDLE
+        self._active = None
+
+    def _abort(self, failed_rank: int) -> None:
+        """Forget the round on all ranks; the next one uses fresh connections."""
+        assert self._active is not None
+        waiting = f"; still staging here after {self._step - self._active_since} steps"
+        log.warning(
+            "round %d aborted: EP rank %d failed%s",
+            self._active.round.sequence,
+            failed_rank,
+            waiting if self._stager.busy else "",
+        )
+        self._transport_epoch += 1
+        self._drop_active()
+
+    def _drop_active(self) -> None:
+        assert self._active is not None
+        self._status.add(Field.ABORTED)
+        self._tell(Field.DROPPED_ROUND, self._active.round)
+        self._status[Field.STATE] = State.IDLE
+        self._active = None
+
+    def _stop(self, reason: str) -> None:
+        """Balance no more: every rank comes to this at the same step, with the same reason."""
+        self.stopped = reason
+        if self._active is not None:
+            self._drop_active()
+        self._status[Field.STATE] = State.STOPPED
+        log.error(
+            "balancing stopped on EP rank %d, experts stay where they are: %s", self._rank, reason
+        )
+
+    def close(self) -> None:
+        """Let the stager's thread end."""
+        self._stager.close()
+
+
+def _is_older(waiting: Round, new: Round) -> bool:
+    """Whether `new` belongs to a later plan, or another planner, than `waiting`."""
+    return waiting.generation != new.generation or waiting.plan < new.plan
+
+
+def _reason_to_stop(outcome: Outcome) -> str:
+    if outcome.mismatch_rank >= 0:
+        return (
+            f"EP rank {outcome.mismatch_rank} has run a forward pass without the step that "
+            "belongs to it, so the ranks no longer count the same steps"
+        )
+    if outcome.stopped_rank >= 0:
+        return f"EP rank {outcome.stopped_rank} has stopped balancing"
+    if outcome.diverged:
+        return "the ranks have committed different numbers of rounds"
+    return ""

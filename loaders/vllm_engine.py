@@ -1,0 +1,55 @@
+"""The adaptor for vLLM: its experts and EPLB tables behind the `Engine` interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .routing import logical_to_physical
+
+
+class VllmEngine:
+    """The models of an `EplbState`, their layers concatenated in the order of registration.
+
+    Args:
+        model_states: vLLM's `EplbModelState`s.
+        ranks: EP ranks.
+    """
+
+    def __init__(self, model_states: list[Any], ranks: int):
+        self.weights: list[list[torch.Tensor]] = [
+            list(layer) for state in model_states for layer in state.model.expert_weights
+        ]
+        self.loads = [state.expert_load_pass.numpy() for state in model_states]
+        self._where = [
+            (state, layer)
+            for state in model_states
+            for layer in range(state.physical_to_logical_map.shape[0])
+        ]
+        maps = [state.physical_to_logical_map.cpu().numpy() for state in model_states]
+        physical = np.concatenate(maps).astype(np.int32)
+        self.placement = physical.reshape(len(physical), ranks, -1)
+
+    @property
+    def models(self) -> list[tuple[str, int]]:
+        """(name, layers) of each model."""
+        names: dict[int, list[Any]] = {}
+        for state, _ in self._where:
+            names.setdefault(id(state), [state.model_name, 0])[1] += 1
+        return [(str(name), count) for name, count in names.values()]
+
+    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+        """Write vLLM's three maps of `layers` in place, unused columns as -1."""
+        for number in layers.tolist():
+            state, layer = self._where[number]
+            experts = state.logical_replica_count.shape[1]
+            table, counts = logical_to_physical(placement[number], experts)
+            live = state.logical_to_physical_map[layer]
+            width = max(table.shape[1], int(state.logical_replica_count[layer].max()))
+            live[:, :width] = -1
+            live[:, : table.shape[1]] = torch.from_numpy(table)
+            state.logical_replica_count[layer] = torch.from_numpy(counts)
+            flat = placement[number].ravel().astype(np.int64)
+            state.physical_to_logical_map[layer] = torch.from_numpy(flat)

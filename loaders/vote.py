@@ -1,0 +1,129 @@
+"""The vote: how all ranks come to the same decision at the same step without waiting.
+
+Every `interval` steps each rank issues an asynchronous all_reduce(MIN) of a few words and consumes
+it exactly `interval` steps later. All ranks then look at the same numbers at the same step, so
+whatever follows from them alone happens everywhere or nowhere. A vote that was issued is never
+abandoned: others may have acted on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("flash_eplb.loader")
+
+_WORDS = 8
+_QUIET_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank says.
+
+    Attributes:
+        candidate: identity of the round it would start, 0 if none.
+        staged: whether the round under way stands in its staging rows, proved.
+        failed: whether the round under way failed here.
+        mismatch: whether its steps and its forward passes differ.
+        stopped: whether it has stopped balancing.
+        epoch: rounds committed here.
+    """
+
+    candidate: int = 0
+    staged: bool = False
+    failed: bool = False
+    mismatch: bool = False
+    stopped: bool = False
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks said; equal on all of them. Ranks are -1 where nobody said it.
+
+    Attributes:
+        start: identity of the round that all ranks would start; 0 unless all name the same.
+        staged: whether all ranks have staged the round under way.
+        failed_rank, mismatch_rank, stopped_rank: the highest rank that said so.
+        diverged: whether the ranks have committed different numbers of rounds.
+    """
+
+    start: int
+    staged: bool
+    failed_rank: int
+    mismatch_rank: int
+    stopped_rank: int
+    diverged: bool
+
+
+def to_words(ballot: Ballot, rank: int) -> list[int]:
+    """The ballot as integers whose minimum over the ranks tells what `Outcome` needs."""
+    flag = -(rank + 1)
+    return [
+        ballot.candidate,
+        -ballot.candidate,
+        int(ballot.staged),
+        flag if ballot.failed else 0,
+        flag if ballot.mismatch else 0,
+        flag if ballot.stopped else 0,
+        ballot.epoch,
+        -ballot.epoch,
+    ]
+
+
+def to_outcome(words: list[int]) -> Outcome:
+    """Read the minimum over all ranks' words."""
+    lowest, minus_highest = words[0], words[1]
+    return Outcome(
+        start=lowest if lowest == -minus_highest else 0,
+        staged=words[2] == 1,
+        failed_rank=-words[3] - 1,
+        mismatch_rank=-words[4] - 1,
+        stopped_rank=-words[5] - 1,
+        diverged=words[6] != -words[7],
+    )
+
+
+class Vote:
+    """One vote at a time over `group` (a CPU process group), from the main thread only."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int):
+        self._group = group
+        self._rank = rank
+        self._work: dist.Work | None = None
+        self._words = torch.zeros(_WORDS, dtype=torch.int64)
+        self._options = dist.AllreduceOptions()
+        self._options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+
+    def issue(self, ballot: Ballot) -> None:
+        """Send this rank's words; does not wait."""
+        assert self._work is None
+        self._words.numpy()[:] = to_words(ballot, self._rank)
+        self._work = self._group.allreduce([self._words], self._options)
+
+    def consume(self) -> Outcome | None:
+        """The outcome of the vote that was issued; None if none was.
+
+        Waits for ranks that have not issued it yet, and says so when that takes long.
+        """
+        if self._work is None:
+            return None
+        work, self._work = self._work, None
+        begin = time.monotonic()
+        warned = False
+        while not work.is_completed():
+            time.sleep(20e-6)
+            if not warned and time.monotonic() - begin > _QUIET_SECONDS:
+                warned = True
+                log.warning(
+                    "EP rank %d has waited %.0f s for the other ranks' vote",
+                    self._rank,
+                    _QUIET_SECONDS,
+                )
+        work.wait()
+        return to_outcome(self._words.tolist())

@@ -1,0 +1,224 @@
+"""What the planner does for one engine, from bell to bell."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..ipc import rank_segment
+from ..ipc.status import Field, State
+from .delivery import Delivery, Progress
+from .episodes import EpisodeWindow
+from .group import Group, StepHeat
+from .plan import Plan
+
+log = logging.getLogger("flash_eplb.planner")
+
+_QUIET_SECONDS = 60.0
+
+
+class Policy(Protocol):
+    """What decides placements; FlashLB and its alternatives have this form."""
+
+    def plan(self, heat: np.ndarray, placement: np.ndarray) -> Plan:
+        """A plan from heat [episodes, layers, experts] and int [layers, ranks, slots]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When the planner looks and plans: steps of an episode, episodes of the window, episodes
+    before the first plan and between two plans, and steps after which a plan is given up."""
+
+    episode_steps: int
+    window_episodes: int
+    min_episodes: int
+    plan_interval: int
+    timeout_steps: int
+
+
+class EngineLoop:
+    """The planner's work for one engine: episodes in, plans out, one delivery at a time.
+
+    Args:
+        group: the engine's ranks.
+        policy: decides placements; called in `executor`, never twice at once.
+        pace: when to plan.
+        generation: of the planner, as it stands in the plan queues.
+        executor: one thread.
+        wake: called from that thread's completion, so that `turn` comes soon.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        policy: Policy,
+        pace: Pace,
+        generation: int,
+        executor: Executor,
+        wake: Callable[[], None],
+    ):
+        shape = group.shape
+        self._group = group
+        self._policy = policy
+        self._pace = pace
+        self._generation = generation
+        self._executor = executor
+        self._wake = wake
+        self._window = EpisodeWindow(
+            shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
+        )
+        self._delivery: Delivery | None = None
+        self._planning: Future[Plan] | None = None
+        self._plans = 0
+        self._sequence = 1
+        self._next_plan = pace.min_episodes
+        self._epoch = -1
+        self._resumed = False
+        self._lost = 0
+        self._next_report = 0
+        self._quiet_until = 0.0
+        self._stopped = False
+        self._placement = np.zeros(0)
+        log.info(
+            "serving an engine: %d layers, %d experts on %d ranks x %d slots",
+            shape.layers,
+            shape.experts,
+            shape.ranks,
+            shape.slots,
+        )
+
+    def turn(self) -> None:
+        """Once per bell: take the heat, follow the plan under way, or begin the next one."""
+        steps = list(self._group.read_heat())
+        self._report_losses()
+        if self._delivery is not None:
+            self._follow_delivery(self._delivery)
+        elif self._epoch < 0:
+            self._read_boards()
+        for step in steps:
+            self._window.add(step)
+        if self._planning is not None:
+            if self._planning.done():
+                self._send(self._planning)
+                self._planning = None
+        elif self._delivery is None and self._is_due():
+            self._begin_plan()
+
+    def _report_losses(self) -> None:
+        if self._group.lost > self._lost and self._window.count >= self._next_report:
+            log.warning(
+                "%d steps of heat were overwritten before they were read; raise EPLB_RING_STEPS",
+                self._group.lost - self._lost,
+            )
+            self._lost = self._group.lost
+            self._next_report = self._window.count + self._pace.window_episodes
+
+    def _read_boards(self) -> None:
+        board = self._group.committed()
+        if board is not None:
+            if not self._resumed:
+                self._resumed = True
+                log.info("resuming from epoch %d of the placement boards", board[0])
+            self._epoch, self._placement = board
+            self._window.learn(*board)
+
+    def _is_due(self) -> bool:
+        if self._epoch < 0 or self._window.count < self._next_plan:
+            return False
+        stopped = [
+            rank.header.rank
+            for rank in self._group.ranks
+            if rank.status[Field.STATE] == State.STOPPED
+        ]
+        if stopped and not self._stopped:
+            log.error(
+                "EP ranks %s have stopped balancing, their log says why; nothing is planned "
+                "until the engine is restarted",
+                stopped,
+            )
+        self._stopped = bool(stopped)
+        return not stopped
+
+    def _begin_plan(self) -> None:
+        self._read_boards()
+        self._next_plan = self._window.count + self._pace.plan_interval
+        self._planning = self._executor.submit(
+            self._policy.plan, self._window.heat(), self._placement
+        )
+        self._planning.add_done_callback(lambda _: self._wake())
+
+    def _send(self, planning: Future[Plan]) -> None:
+        """Begin to deliver the plan; one that wins nothing is not sent."""
+        try:
+            plan = planning.result()
+            rounds = plan.rounds(self._group.shape.staging_rows)
+        except Exception:  # a policy that fails costs balance, not the planner
+            log.exception("the policy failed; experts stay where they are until the next plan")
+            return
+        observed = self._window.observed_par(self._pace.plan_interval)
+        if not plan:
+            self._say_quiet(observed)
+            return
+        self._quiet_until = 0.0
+        self._plans += 1
+        self._delivery = Delivery(
+            self._group,
+            rounds,
+            self._generation,
+            self._plans,
+            self._sequence,
+            self._epoch,
+            self._pace.timeout_steps,
+        )
+        self._sequence = self._delivery.next_sequence
+        picked = list(plan.layers)
+        log.info(
+            "plan %d: %d of %d layers, %d moves in %d rounds; PAR measured %.3f, "
+            "of these layers %.3f -> %.3f",
+            self._plans,
+            len(picked),
+            self._group.shape.layers,
+            len(plan.moves),
+            len(rounds),
+            observed,
+            plan.par_before[picked].mean(),
+            plan.par_after[picked].mean(),
+        )
+        self._follow_delivery(self._delivery)
+
+    def _say_quiet(self, observed: float) -> None:
+        """That nothing is worth a move: after a plan, and once a minute from then on."""
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            log.info("PAR %.3f: no layer is worth a move", observed)
+            self._quiet_until = now + _QUIET_SECONDS
+
+    def _follow_delivery(self, delivery: Delivery) -> None:
+        progress = delivery.advance()
+        for epoch, placement in delivery.placements():
+            self._window.learn(epoch, placement)
+        if progress is Progress.UNDER_WAY:
+            return
+        if progress is Progress.DONE:
+            log.info("plan %d committed", self._plans)
+        else:
+            log.warning("plan %d given up: %s", self._plans, delivery.reason)
+        self._delivery = None
+        self._epoch = -1
+        self._read_boards()
+        self._next_plan = self._window.count + self._pace.plan_interval
+
+
+def warmup() -> None:
+    """Compile, or load from the cache, the kernels that a turn uses; the policy has its own."""
+    rank_segment.warmup()
+    window = EpisodeWindow(1, 2, 2, 1, 1)
+    window.learn(0, np.zeros((1, 2, 1), np.int32))
+    window.add(StepHeat(0, 0, np.ones((1, 2), np.int64)))

@@ -1,0 +1,177 @@
+"""A plan: where each expert goes, and the rounds of moves that take it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..ipc.placement import MOVE, PlacementError, check_placement
+from .rounds import schedule, spread_sources
+from .slots import align_layers
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRound:
+    """Moves that take effect together.
+
+    Attributes:
+        moves: MOVE[n]; every source holds its expert when the round starts.
+        placement: int32[layers, ranks, slots], the full placement after the round.
+    """
+
+    moves: np.ndarray
+    placement: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A new placement and the layers it changes; false when it changes none. See `make_plan`.
+
+    Attributes:
+        before: int32[layers, ranks, slots], the placement the plan starts from.
+        placement: int32[layers, ranks, slots], the placement it leads to. An expert that stays
+            on its rank stays in its slot.
+        layers: int32[picked], the layers that change, best gain per move first.
+        par_before: float64[layers], PAR of `before` on the heat the plan was made from; nan
+            where it was not measured.
+        par_after: float64[layers], the same of `placement`.
+    """
+
+    before: np.ndarray
+    placement: np.ndarray
+    layers: np.ndarray
+    par_before: np.ndarray
+    par_after: np.ndarray
+
+    def __bool__(self) -> bool:
+        """Whether the plan changes anything."""
+        return len(self.layers) > 0
+
+    @property
+    def moves(self) -> np.ndarray:
+        """MOVE[n], the whole plan as one round: by layer as in `layers`, then rank and slot."""
+        changed = [
+            np.insert(np.argwhere(self.before[layer] != self.placement[layer]), 0, layer, axis=1)
+            for layer in self.layers
+        ]
+        writes = np.concatenate([np.empty((0, 3), np.int64), *changed])
+        ranks = self.before.shape[1]
+        return _moves(self.before, self.placement, writes, ranks, np.zeros(ranks, np.int64))
+
+    def rounds(self, rows: int, ranks_per_node: int | None = None) -> list[PlannedRound]:
+        """Cut the plan into rounds that write at most `rows` slots on any rank.
+
+        After each round the placement is valid, and after the last it equals `placement`. Layers
+        come in the order of `layers`; a later layer fills the rows an earlier one leaves free.
+        Sources are spread over the ranks, those on the destination's own node first.
+
+        Args:
+            rows: staging rows per rank, over all layers together; at least 1.
+            ranks_per_node: consecutive ranks that share a node; None if distance is of no matter.
+
+        Raises:
+            ValueError: `rows` or `ranks_per_node` is below 1.
+        """
+        ranks = self.before.shape[1]
+        near = ranks if ranks_per_node is None else ranks_per_node
+        for name, value in (("rows", rows), ("ranks_per_node", near)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        round_of = schedule(self.before, self.placement, self.layers, rows)
+        writes = np.argwhere(round_of >= 0)
+        turns = round_of[tuple(writes.T)]
+        writes = writes[np.argsort(turns, kind="stable")]
+        sizes = np.bincount(turns)
+        sent = np.zeros(ranks, np.int64)
+        current = self.before
+        rounds = []
+        for chunk in np.split(writes, np.cumsum(sizes)[:-1]) if len(writes) else []:
+            moves = _moves(current, self.placement, chunk, near, sent)
+            current = current.copy()
+            current[tuple(chunk.T)] = moves["expert"]
+            rounds.append(PlannedRound(moves, current))
+        return rounds
+
+
+def make_plan(
+    before: np.ndarray,
+    wanted: np.ndarray,
+    *,
+    par_before: np.ndarray | None = None,
+    par_after: np.ndarray | None = None,
+) -> Plan:
+    """The plan that leads from `before` to `wanted`.
+
+    Only the set of experts on each rank of `wanted` counts; the slots are chosen by `align`.
+
+    Args:
+        before: int[layers, ranks, slots], a valid placement.
+        wanted: int[layers, ranks, slots], a valid placement of the same experts.
+        par_before: float[layers], PAR of `before`; None leaves it nan.
+        par_after: float[layers], PAR of `wanted`; None leaves it nan.
+
+    Raises:
+        ValueError: the shapes differ.
+        PlacementError: `before` or `wanted` is not valid.
+    """
+    before, wanted = np.asarray(before), np.asarray(wanted)
+    if before.shape != wanted.shape:
+        raise ValueError(f"wanted has shape {wanted.shape}; before has {before.shape}")
+    experts = int(before.max()) + 1 if before.size else 0
+    _check_named("before", before, experts)
+    _check_named("wanted", wanted, experts)
+    before = np.array(before, dtype=np.int32, order="C")
+    placement = np.array(wanted, dtype=np.int32, order="C")
+    align_layers(before, placement, experts)
+    pars = [
+        np.full(len(before), np.nan) if value is None else np.array(value, dtype=np.float64)
+        for value in (par_before, par_after)
+    ]
+    for name, value in zip(("par_before", "par_after"), pars, strict=True):
+        if value.shape != before.shape[:1]:
+            raise ValueError(f"{name} has shape {value.shape}; it must be {before.shape[:1]}")
+    return Plan(before, placement, _by_gain(before, placement, *pars), *pars)
+
+
+def align(before: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Give the experts of `wanted` the slots that let the change run at one row per rank.
+
+    Args:
+        before: int[ranks, slots], a valid placement of one layer.
+        wanted: int[ranks, slots], a valid placement of the same experts; only the set of experts
+            on each rank counts.
+
+    Returns:
+        int32[ranks, slots] with the sets of `wanted`; experts that stay on a rank keep their slot.
+
+    Raises:
+        ValueError: the shapes differ.
+        PlacementError: `before` or `wanted` is not valid.
+    """
+    return make_plan(np.asarray(before)[None], np.asarray(wanted)[None]).placement[0]
+
+
+def _check_named(name: str, placement: np.ndarray, experts: int) -> None:
+    try:
+        check_placement(placement, experts)
+    except PlacementError as error:
+        raise PlacementError(f"{name}: {error}") from None
+
+
+def _by_gain(before, placement, par_before, par_after) -> np.ndarray:
+    writes = (before != placement).sum(axis=(1, 2))
+    layers = np.flatnonzero(writes)
+    gain = (par_before[layers] - par_after[layers]) / writes[layers]
+    return layers[np.argsort(-gain, kind="stable")].astype(np.int32)
+
+
+def _moves(current, placement, writes, near, sent) -> np.ndarray:
+    """MOVE[n] for `writes` [n, (layer, rank, slot)], out of `current`; adds to `sent` [ranks]."""
+    writes = np.ascontiguousarray(writes)
+    moves = np.empty(len(writes), MOVE)
+    moves["layer"], moves["rank"], moves["slot"] = writes.T
+    moves["expert"] = placement[tuple(writes.T)]
+    sources = spread_sources(current, writes, np.ascontiguousarray(moves["expert"]), near, sent)
+    moves["source_rank"], moves["source_slot"] = sources.T
+    return moves

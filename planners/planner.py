@@ -1,0 +1,155 @@
+"""The planner: an asyncio loop that turns heat into plans and sends them, one at a time.
+
+It sleeps on the doorbell, which the workers ring once per episode and per commit. Heat is drained
+on the loop; planning runs in a thread on kernels that release the GIL. It owns nothing but its
+session lock: killed at any point, inference goes on and a successor starts from the placement
+boards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ..ipc.doorbell import Doorbell
+from ..ipc.liveness import SegmentError
+from ..ipc.names import bell_name, planner_name
+from ..ipc.segment import Segment, take_name
+from ..ipc.session import remove_dead, session_lock
+from .engine_loop import EngineLoop, Pace, Policy
+from .group import Group
+
+log = logging.getLogger("flash_eplb.planner")
+
+_LOOK_FOR_ENGINE = 0.5
+_LOOK_AT_RANKS = 1.0
+_LOOKS_BEFORE_HINT = 120
+
+
+class Planner:
+    """Serves the engine of one session.
+
+    Args:
+        session: name of the session.
+        make_policy: called with (ranks, slots) when an engine is there.
+        pace: when to plan.
+        exit_with_engine: return when the engine is gone instead of waiting for the next.
+    """
+
+    def __init__(
+        self,
+        session: str,
+        make_policy: Callable[[int, int], Policy],
+        pace: Pace,
+        exit_with_engine: bool = False,
+    ):
+        self._session = session
+        self._make_policy = make_policy
+        self._pace = pace
+        self._exit_with_engine = exit_with_engine
+        self._stopping = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._generation = secrets.randbits(62) | 1
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="eplb-plan")
+
+    def stop(self) -> None:
+        """End `run` soon; safe to call from a signal handler of the loop."""
+        self._stopping.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Startup, serve engines until `stop`, shut down.
+
+        Raises:
+            SegmentInUseError: another planner serves the session.
+        """
+        lock = take_name(self._session, planner_name(self._session), b"", 0, self._generation)
+        lock.publish()
+        try:
+            log.info("planner ready in session %r, waiting for an engine", self._session)
+            while not self._stopping.is_set():
+                group = await self._find_engine()
+                if group is None:
+                    break
+                await self._serve(group)
+                if self._exit_with_engine:
+                    break
+        finally:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._release(lock)
+        log.info("planner stopped")
+
+    def _release(self, lock: Segment) -> None:
+        with contextlib.suppress(SegmentError), session_lock(self._session):
+            lock.close()
+
+    async def _find_engine(self) -> Group | None:
+        looks = 0
+        while not self._stopping.is_set():
+            looks += 1
+            if looks == _LOOKS_BEFORE_HINT:
+                log.warning(
+                    "still no engine in session %r: does vLLM run with --enable-eplb, "
+                    "EPLB_ENABLED=1 and this EPLB_SESSION? Does VLLM_PLUGINS, if it is set, "
+                    "name flash_eplb?",
+                    self._session,
+                )
+            try:
+                return Group.attach(self._session)
+            except SegmentError as error:
+                log.debug("no engine yet: %s", error)
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _LOOK_FOR_ENGINE)
+        return None
+
+    async def _serve(self, group: Group) -> None:
+        """Plan for `group` until it dies or the planner is stopped."""
+        loop = asyncio.get_running_loop()
+        bell = Doorbell.open(bell_name(self._session))
+        loop.add_reader(bell.descriptor, self._wake.set)
+        try:
+            for rank in group.ranks:
+                rank.plans.take_over(self._generation)
+            shape = group.shape
+
+            def wake() -> None:
+                loop.call_soon_threadsafe(self._wake.set)
+
+            engine = EngineLoop(
+                group,
+                self._make_policy(shape.ranks, shape.slots),
+                self._pace,
+                self._generation,
+                self._executor,
+                wake,
+            )
+            while not self._stopping.is_set() and group.is_alive():
+                await self._next_bell(bell)
+                engine.turn()
+        finally:
+            loop.remove_reader(bell.descriptor)
+            bell.close()
+            self._leave(group)
+
+    async def _next_bell(self, bell: Doorbell) -> None:
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), _LOOK_AT_RANKS)
+        bell.drain()
+        if not self._stopping.is_set():
+            self._wake.clear()
+
+    def _leave(self, group: Group) -> None:
+        if group.is_alive():
+            for rank in group.ranks:
+                rank.plans.take_over(0)  # rounds that no rank has started are void
+        else:
+            with session_lock(self._session):
+                removed = remove_dead(self._session)
+            left = f"; removed what it left: {', '.join(removed)}" if removed else ""
+            log.info("the engine is gone%s", left)
+        group.close()
+        self._wake.clear()

@@ -1,0 +1,166 @@
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from flash_eplb import __version__
+from flash_eplb.eplb.cli import app
+from flash_eplb.eplb.config import Config
+from flash_eplb.ipc.liveness import owner_is_alive
+from flash_eplb.ipc.names import bell_name, planner_name, rank_name
+from flash_eplb.ipc.rank_segment import RankSegment
+from flash_eplb.ipc.segment import take_name
+from flash_eplb.ipc.session import segment_names
+from flash_eplb.ipc.shape import GroupShape, ModelShape
+from flash_eplb.ipc.status import Field
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+OWNER = """
+import sys
+from flash_eplb.ipc.doorbell import Doorbell
+from flash_eplb.ipc.names import bell_name, rank_name
+from flash_eplb.ipc.segment import take_name
+
+session = sys.argv[1]
+segment = take_name(session, rank_name(session, 0), b"", 100, 5)
+bell = Doorbell.create(bell_name(session))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def eplb(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_config_shows_every_setting_with_its_value_and_source(environment):
+    environment.setenv("EPLB_RING_STEPS", "12345")
+    environment.setenv("EPLB_SESSIN", "a")
+    result = eplb("config")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for name in Config.model_fields:
+        assert sum(f" EPLB_{name.upper()} " in line for line in lines) == 1
+    (ring,) = (line for line in lines if " EPLB_RING_STEPS " in line)
+    assert " 12345 " in ring
+    assert "environment" in ring
+    (verify,) = (line for line in lines if " EPLB_VERIFY " in line)
+    assert " 1 " in verify
+    assert " default " in verify
+    assert result.stderr == "eplb: EPLB_SESSIN is no setting of ours: misspelt?\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["config"], ["status"], ["planner"], ["clean", "--session", "a"]]
+)
+def test_wrong_values_end_a_command_with_2_and_all_of_them(command, environment):
+    environment.setenv("EPLB_RING_STEPS", "7")
+    environment.setenv("EPLB_MIN_GAIN", "much")
+    environment.setenv("EPLB_VERIFY", "maybe")
+    result = eplb(*command)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    first, *lines = result.stderr.splitlines()
+    assert first == "eplb: wrong settings:"
+    assert sorted(lines) == [
+        "  EPLB_MIN_GAIN='much': allowed is a number from 0 to 100",
+        "  EPLB_RING_STEPS='7': allowed is an integer from 8 to 65536",
+        "  EPLB_VERIFY='maybe': allowed is 0 or 1",
+    ]
+
+
+def test_a_wrong_session_is_refused():
+    result = eplb("status", "--session", "../x")
+    assert result.exit_code == 2
+    assert "EPLB_SESSION='../x': allowed is" in result.stderr
+
+
+def test_clean_removes_what_the_dead_left(session, start):
+    script = start(OWNER, session)
+    script.line()
+    script.kill()
+    name = rank_name(session, 0)
+    result = eplb("clean", "--session", session, "--dry-run")
+    assert (result.exit_code, result.stdout) == (0, f"would remove {name}\n")
+    assert segment_names(session) == [name]
+    result = eplb("clean", "--session", session)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"removed {bell_name(session)}", f"removed {name}"]
+    assert segment_names(session) == []
+    result = eplb("clean", "--session", session)
+    assert (result.exit_code, result.stdout) == (0, "nothing to remove\n")
+
+
+def test_clean_never_touches_the_living(session):
+    segment = take_name(session, planner_name(session), b"", 10, 1)
+    for options in ([], ["--dry-run"]):
+        result = eplb("clean", "--session", session, *options)
+        assert (result.exit_code, result.stdout) == (0, "nothing to remove\n")
+    assert owner_is_alive(planner_name(session))
+    segment.close()
+
+
+def test_clean_takes_the_session_from_its_option_only(session, environment):
+    """Without the option it is about all sessions, whatever EPLB_SESSION says."""
+    segment = take_name(session, planner_name(session), b"", 10, 1)
+    environment.setattr("flash_eplb.ipc.session.sessions", lambda: [session])
+    environment.setenv("EPLB_SESSION", "not good")
+    result = eplb("clean")
+    assert (result.exit_code, result.stdout) == (0, "nothing to remove\n")
+    segment.close()
+
+
+def test_clean_says_which_session_it_cannot_clean_and_goes_on(session, start, environment):
+    bad = f"{session}x"
+    lock = f"/dev/shm/eplb.{bad}.lock"
+    os.symlink("/dev/null", lock)
+    script = start(OWNER, session)
+    script.line()
+    script.kill()
+    environment.setattr("flash_eplb.ipc.session.sessions", lambda: [bad, session])
+    result = eplb("clean")
+    os.unlink(lock)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"eplb: the lock of session '{bad}' ({lock}) cannot be opened")
+    assert f"removed {rank_name(session, 0)}" in result.stdout
+
+
+def test_status_without_an_engine_is_one_sentence(session):
+    result = eplb("status", "--session", session)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"eplb: no engine in session {session!r}: ")
+
+
+def test_status_shows_each_rank(session):
+    shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
+    ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(2)]
+    for number, rank in enumerate(ranks):
+        rank.status[Field.STEP] = 4711 + number
+        rank.publish()
+    result = eplb("status", "--session", session)
+    assert result.exit_code == 0
+    assert "4711" in result.stdout
+    assert "4712" in result.stdout
+    assert result.stdout.endswith("planner: none, experts stay where they are\n")
+    planner = take_name(session, planner_name(session), b"", 0, 1)
+    assert eplb("status", "--session", session).stdout.endswith("planner: running\n")
+    planner.close()
+    for rank in ranks:
+        rank.close()
+
+
+def test_version():
+    result = eplb("version")
+    assert (result.exit_code, result.stdout) == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["planner", "config", "status", "clean", "demo", "warmup", "version"]
+)
+def test_every_command_explains_itself(command):
+    result = eplb(command, "--help")
+    assert result.exit_code == 0
+    assert command in result.stdout

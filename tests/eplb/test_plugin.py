@@ -1,0 +1,111 @@
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from flash_eplb.eplb import plugin
+
+HEAVY = """
+import sys
+from flash_eplb.eplb.plugin import register
+
+register()
+heavy = {"torch", "vllm", "numba", "numpy"} & set(sys.modules)
+print(sorted(heavy))
+"""
+
+
+def run(code, **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("EPLB_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"EPLB_ENABLED": "0"},
+        {"EPLB_SESSION": "a", "EPLB_CPU_PATCHES": "false", "EPLB_SPAWN_PLANNER": "1"},
+        {"EPLB_ENABLED": "perhaps"},
+    ],
+)
+def test_nothing_heavy_is_imported_unless_it_is_enabled(variables):
+    result = run(HEAVY, **variables)
+    assert result.stdout == "[]\n"
+    assert bool(result.stderr) == ("perhaps" in variables.values())
+
+
+def test_all_wrong_values_are_logged_and_nothing_is_raised():
+    result = run(HEAVY, EPLB_ENABLED="1", EPLB_RING_STEPS="7", EPLB_VERIFY="maybe")
+    assert result.stdout == "[]\n"
+    assert "ERROR flash_eplb.worker" in result.stderr
+    assert "flash_eplb is off: wrong settings:" in result.stderr
+    assert "  EPLB_RING_STEPS='7': allowed is an integer from 8 to 65536" in result.stderr
+    assert "  EPLB_VERIFY='maybe': allowed is 0 or 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def hooks(environment):
+    """Stands in for the modules that touch vLLM: what was installed, in order."""
+    done = []
+    state = types.ModuleType("flash_eplb.eplb.vllm_state")
+    state.install = lambda config: done.append(("state", config.session))
+    patches = types.ModuleType("flash_eplb.loaders.cpu_patches")
+    patches.install = lambda: done.append(("patches",))
+    for module in (state, patches):
+        package, _, name = module.__name__.rpartition(".")
+        environment.setitem(sys.modules, module.__name__, module)
+        environment.setattr(importlib.import_module(package), name, module, raising=False)
+    environment.setattr(plugin, "_sweep_at_exit", lambda session: done.append(("sweep", session)))
+    environment.setattr("flash_eplb.eplb.logs.configure", lambda level: done.append(("log", level)))
+    done.append(state)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("variables", "installed"),
+    [
+        ({}, []),
+        ({"EPLB_ENABLED": "0"}, []),
+        ({"EPLB_CPU_PATCHES": "1"}, [("patches",)]),
+        (
+            {"EPLB_ENABLED": "1", "EPLB_SESSION": "a", "EPLB_LOG_LEVEL": "debug"},
+            [("log", "DEBUG"), ("state", "a"), ("sweep", "a")],
+        ),
+        (
+            {"EPLB_ENABLED": "1", "EPLB_CPU_PATCHES": "1"},
+            [("patches",), ("log", "INFO"), ("state", "default"), ("sweep", "default")],
+        ),
+    ],
+)
+def test_what_is_asked_for_is_installed(hooks, environment, variables, installed):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    plugin.register()
+    assert hooks[1:] == installed
+
+
+def test_a_vllm_that_does_not_fit_is_logged_and_nothing_is_raised(hooks, environment, caplog):
+    def refuse(config):
+        raise RuntimeError("vLLM's EplbState has no step")
+
+    hooks[0].install = refuse
+    environment.setenv("EPLB_ENABLED", "1")
+    environment.setattr(logging.getLogger("flash_eplb"), "propagate", True)
+    plugin.register()
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage().startswith("flash_eplb is off: it does not fit this vLLM")
+    assert "EplbState has no step" in str(record.exc_info[1])
+    assert ("sweep", "default") not in hooks

@@ -1,0 +1,92 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_eplb.eplb.support import guard_reloads, unsupported_mode, unsupported_model
+
+
+def config(**changes):
+    fields = {
+        "tensor_parallel_size": 2,
+        "data_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "enable_elastic_ep": False,
+        "all2all_backend": "allgather_reducescatter",
+        "enable_dbo": False,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_tensor_or_data_parallel_groups_on_the_cpu_are_supported():
+    assert unsupported_mode(config(), "cpu", False) == ""
+    alone = config(tensor_parallel_size=1, data_parallel_size=2)
+    assert unsupported_mode(alone, "cpu", False) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism (pipeline_parallel_size=2)"),
+        ({"enable_elastic_ep": True}, "elastic expert parallelism"),
+        ({"tensor_parallel_size": 1}, "an EP group of one rank"),
+        ({"data_parallel_size": 2}, "TP=2, DP=2"),
+        (
+            {"tensor_parallel_size": 1, "data_parallel_size": 2, "all2all_backend": "naive"},
+            "naive dispatch",
+        ),
+        ({"enable_dbo": True}, "dual batch overlap"),
+    ],
+)
+def test_an_unsupported_mode_is_refused_by_name(changes, reason):
+    assert reason in unsupported_mode(config(**changes), "cpu", False)
+
+
+def test_other_devices_and_runners_are_refused_by_name():
+    assert "device 'cuda'" in unsupported_mode(config(), "cuda", False)
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in unsupported_mode(config(), "cpu", True)
+
+
+def state(physical=10, experts=8, weights=None):
+    slots = physical // 2
+    model = SimpleNamespace(expert_weights=weights or [[torch.zeros(slots, 6)]])
+    return SimpleNamespace(
+        model=model,
+        model_name="m",
+        physical_to_logical_map=torch.zeros(1, physical),
+        logical_replica_count=torch.zeros(1, experts),
+    )
+
+
+def test_a_model_whose_experts_are_rows_is_supported():
+    assert unsupported_model([state()], ranks=2) == ""
+
+
+def test_models_that_cannot_be_moved_are_refused_by_name():
+    assert "no mixture-of-experts model" in unsupported_model([], ranks=2)
+    assert "do not divide by 3" in unsupported_model([state()], ranks=3)
+    assert "5 slots on a rank for 4 experts" in unsupported_model([state(experts=4)], ranks=2)
+    strided = state(weights=[[torch.zeros(6, 5).t()]])
+    assert "cannot be moved row by row" in unsupported_model([strided], ranks=2)
+    short = state(weights=[[torch.zeros(4, 6)]])
+    assert "shape (4, 6)" in unsupported_model([short], ranks=2)
+
+
+def test_weights_are_not_written_once_experts_have_moved():
+    class Worker:
+        def reload_weights(self, path):
+            return f"loaded {path}"
+
+        def update_weights(self, info):
+            return "updated"
+
+    moved = []
+    guard_reloads(Worker, lambda: bool(moved))
+    guard_reloads(Worker, lambda: True)  # a second state does not wrap again
+    assert Worker().reload_weights("a") == "loaded a"
+    moved.append(1)
+    with pytest.raises(RuntimeError, match="reload_weights: flash_eplb has moved experts"):
+        Worker().reload_weights("a")
+    with pytest.raises(RuntimeError, match=r"update_weights: .*EPLB_ENABLED=0"):
+        Worker().update_weights({})

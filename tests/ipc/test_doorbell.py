@@ -1,0 +1,146 @@
+import asyncio
+import os
+import resource
+import select
+import threading
+
+import pytest
+import uvloop
+
+from flash_eplb.ipc.doorbell import Doorbell
+from flash_eplb.ipc.liveness import SegmentError
+from flash_eplb.ipc.names import bell_name
+
+
+@pytest.fixture
+def name(session):
+    return bell_name(session)
+
+
+@pytest.fixture
+def ends(name):
+    """(worker's end, planner's end)."""
+    worker = Doorbell.create(name)
+    planner = Doorbell.open(name)
+    yield worker, planner
+    planner.close()
+    worker.close()
+
+
+def waits(bell):
+    """Whether a bell waits."""
+    return bool(select.select([bell.descriptor], [], [], 0)[0])
+
+
+def test_a_ring_before_anyone_looks_is_seen(ends):
+    worker, planner = ends
+    assert not waits(planner)
+    worker.ring()
+    assert waits(planner)
+    assert planner.drain() == 1
+    assert not waits(planner)
+    assert planner.drain() == 0
+
+
+def test_a_ring_before_the_planner_opens_it_is_seen(name):
+    worker = Doorbell.create(name)
+    worker.ring()
+    planner = Doorbell.open(name)
+    assert planner.drain() == 1
+    planner.close()
+    worker.close()
+
+
+@pytest.mark.parametrize("rings", [1, 2, 3, 4, 5, 1000])
+def test_rings_that_nobody_takes_never_block(ends, rings):
+    worker, planner = ends
+    for _ in range(rings):
+        worker.ring()
+    assert planner.drain() == min(rings, 4)
+    worker.ring()
+    assert planner.drain() == 1
+
+
+def test_it_rings_for_another_process(name, start):
+    worker = Doorbell.create(name)
+    script = start(
+        "import select, sys\n"
+        "from flash_eplb.ipc.doorbell import Doorbell\n"
+        "bell = Doorbell.open(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "select.select([bell.descriptor], [], [])\n"
+        "print(bell.drain(), flush=True)\n",
+        name,
+    )
+    script.line()
+    worker.ring()
+    assert script.line() == "1"
+    worker.close()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_an_event_loop_wakes_for_each_ring(ends, new_loop):
+    worker, planner = ends
+
+    async def wait_for_rings():
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+        loop.add_reader(planner.descriptor, woken.set)
+        for _ in range(3):
+            thread = threading.Thread(target=worker.ring)
+            thread.start()
+            bells = 0
+            while not bells:  # a loop may call a reader once more than needed
+                await asyncio.wait_for(woken.wait(), 60)
+                woken.clear()
+                bells = planner.drain()
+            assert bells == 1
+            thread.join()
+        loop.remove_reader(planner.descriptor)
+
+    loop = new_loop()
+    try:
+        loop.run_until_complete(wait_for_rings())
+    finally:
+        loop.close()
+
+
+def test_the_owner_removes_it_and_may_close_twice(name):
+    worker = Doorbell.create(name)
+    planner = Doorbell.open(name)
+    planner.close()
+    planner.close()
+    Doorbell.open(name).close()
+    worker.close()
+    worker.close()
+    with pytest.raises(SegmentError, match=f"message queue {name} cannot be opened: "):
+        Doorbell.open(name)
+
+
+def test_a_leftover_is_replaced(name):
+    leftover = Doorbell.create(name)
+    leftover.ring()
+    worker = Doorbell.create(name)
+    planner = Doorbell.open(name)
+    assert planner.drain() == 0
+    worker.ring()
+    assert planner.drain() == 1
+    planner.close()
+    worker.close()
+    leftover.close()
+
+
+def test_only_the_user_may_open_it(ends):
+    assert os.fstat(ends[0].descriptor).st_mode & 0o777 == 0o600
+
+
+def test_without_message_queues_the_limit_is_named(name):
+    limits = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, limits[1]))
+    try:
+        with pytest.raises(
+            SegmentError, match=f"^message queue {name} cannot be made: .*ulimit -q"
+        ):
+            Doorbell.create(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, limits)

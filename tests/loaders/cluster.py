@@ -1,0 +1,198 @@
+"""A small EP group in threads of one process: real gloo groups, real segments, real loaders."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from flash_eplb.ipc.placement import MOVE
+from flash_eplb.ipc.rank_segment import RankSegment
+from flash_eplb.ipc.round import Round, encode_round
+from flash_eplb.ipc.shape import GroupShape, ModelShape
+from flash_eplb.loaders.loader import Loader
+from flash_eplb.loaders.stager import Stager
+from flash_eplb.loaders.staging import Staging, digests, row_bytes
+from flash_eplb.loaders.transport import Transport
+from flash_eplb.loaders.vote import Vote
+
+GENERATION = 77
+
+
+def initial_placement(layers: int, experts: int, ranks: int, slots: int) -> np.ndarray:
+    physical = np.arange(ranks * slots, dtype=np.int32) % experts
+    return np.tile(physical, (layers, 1)).reshape(layers, ranks, slots)
+
+
+class FakeEngine:
+    """Experts whose weights tell which expert they are; commits are recorded."""
+
+    def __init__(self, layers: int, experts: int, ranks: int, slots: int, rank: int):
+        self.placement = initial_placement(layers, experts, ranks, slots)
+        self.rank = rank
+        self.routed = self.placement.copy()
+        self.loads = [np.zeros((layers, ranks * slots), np.int32)]
+        self.weights: list[list[torch.Tensor]] = []
+        for layer in range(layers):
+            ids = torch.from_numpy(self.placement[layer, rank].astype(np.float32))
+            wide = (ids * 1000 + layer)[:, None] + torch.arange(37) / 64
+            self.weights.append([wide.clone(), (wide[:, :5] * 3).to(torch.bfloat16)])
+
+    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+        self.routed[layers] = placement[layers]
+
+    def experts_in_slots(self) -> np.ndarray:
+        """int [layers, slots]: which expert's weights really lie in each slot."""
+        rows = []
+        for layer, (wide, narrow) in enumerate(self.weights):
+            ids = (wide[:, 0] - layer) / 1000
+            assert torch.equal(wide - wide[:, :1], (torch.arange(37) / 64).expand_as(wide))
+            assert torch.equal(narrow, (wide[:, :5] * 3).to(torch.bfloat16))
+            rows.append(ids.numpy())
+        return np.array(rows)
+
+
+class Rank:
+    """One rank of a `Cluster`."""
+
+    def __init__(self, cluster: Cluster, rank: int, store: dist.Store):
+        self.engine = FakeEngine(*cluster.sizes, rank)
+        self.segment = RankSegment.create(cluster.session, cluster.shape, rank, 5)
+        self.segment.publish()
+        ranks = cluster.shape.ranks
+        self.group = dist.ProcessGroupGloo(
+            dist.PrefixStore("votes", store), rank, ranks, timedelta(seconds=20)
+        )
+        staging = Staging(self.engine.weights, cluster.shape.staging_rows)
+        self.transport = Transport(store, rank, ranks, timeout=cluster.transfer_timeout)
+        self.stager = Stager(self.engine.weights, staging, self.transport, rank, cluster.reference)
+        self.loader = Loader(
+            self.engine,
+            self.segment,
+            Vote(self.group, rank),
+            self.stager,
+            staging,
+            cluster.vote_steps,
+            cluster.timeout_steps,
+        )
+        self.commits: list[int] = []
+        self.step = 0
+
+    def tick(self) -> None:
+        self.step += 1
+        if self.loader.tick():
+            self.commits.append(self.step)
+
+
+class Cluster:
+    """`ranks` loaders in threads; `tick` runs one step of all of them."""
+
+    def __init__(
+        self,
+        session: str,
+        layers: int = 3,
+        experts: int = 6,
+        ranks: int = 3,
+        slots: int = 3,
+        rows: int = 2,
+        vote_steps: int = 2,
+        timeout_steps: int = 50_000,
+        transfer_timeout: float = 20.0,
+    ):
+        self.session = session
+        self.sizes = (layers, experts, ranks, slots)
+        self.vote_steps = vote_steps
+        self.timeout_steps = timeout_steps
+        self.transfer_timeout = transfer_timeout
+        engines = [FakeEngine(*self.sizes, rank) for rank in range(ranks)]
+        self.shape = GroupShape(
+            models=(ModelShape("fake", layers),),
+            experts=experts,
+            ranks=ranks,
+            slots=slots,
+            counting=(0,),
+            row_bytes=row_bytes(engines[0].weights),
+            staging_rows=rows,
+            ring_slots=16,
+        )
+        self.reference = np.zeros((layers, experts), np.int64)
+        for rank, engine in enumerate(engines):
+            for layer, row in enumerate(digests(engine.weights)):
+                self.reference[layer, engine.placement[layer, rank]] = row
+        store = dist.HashStore()
+        self.ranks: list[Rank] = [None] * ranks  # type: ignore[list-item]
+        self._each(lambda rank: self.ranks.__setitem__(rank, Rank(self, rank, store)))
+        for rank in self.ranks:
+            rank.segment.plans.take_over(GENERATION)
+
+    def _each(self, action) -> None:  # type: ignore[no-untyped-def]
+        errors: list[BaseException] = []
+
+        def guarded(rank: int) -> None:
+            try:
+                action(rank)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(self.sizes[2])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def tick(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._each(lambda rank: self.ranks[rank].tick())
+
+    def tick_until(self, done, most: int = 5000) -> None:  # type: ignore[no-untyped-def]
+        for _ in range(most):
+            if done():
+                return
+            self.tick()
+            time.sleep(0.0005)
+        raise AssertionError(f"not reached in {most} steps")
+
+    def record(self, moves: np.ndarray, **changes: object) -> bytes:
+        layers, _, ranks, slots = self.sizes
+        fields = {
+            "generation": GENERATION,
+            "plan": 1,
+            "sequence": 1,
+            "last": True,
+            "epoch": self.ranks[0].loader.epoch,
+            "layers": layers,
+            "ranks": ranks,
+            "slots": slots,
+            "moves": moves.astype(MOVE).tobytes(),
+            **changes,
+        }
+        return encode_round(Round(**fields))  # type: ignore[arg-type]
+
+    def send(self, record: bytes, ranks: list[int] | None = None) -> None:
+        for rank in range(self.sizes[2]) if ranks is None else ranks:
+            self.ranks[rank].segment.plans.put(record)
+
+    def check_consistent(self) -> None:
+        """Every slot holds the weights of the expert that every rank's tables and board name."""
+        first = self.ranks[0].loader
+        for rank in self.ranks:
+            assert rank.loader.epoch == first.epoch
+            assert np.array_equal(rank.loader.placement, first.placement)
+            assert np.array_equal(rank.engine.routed, first.placement)
+            board = rank.segment.board.read()
+            assert board is not None
+            assert board[0] == first.epoch
+            assert np.array_equal(board[1], first.placement)
+            held = rank.engine.experts_in_slots()
+            assert np.array_equal(held, first.placement[:, rank.engine.rank])
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.loader.close()
+            rank.segment.close()

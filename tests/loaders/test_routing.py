@@ -1,0 +1,47 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_eplb.loaders.routing import logical_to_physical
+
+
+@st.composite
+def placements(draw):
+    """(placement [ranks, slots], experts) with every expert at least once."""
+    ranks, slots = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    experts = draw(st.integers(1, ranks * slots))
+    rest = draw(
+        st.lists(
+            st.integers(0, experts - 1),
+            min_size=ranks * slots - experts,
+            max_size=ranks * slots - experts,
+        )
+    )
+    cells = draw(st.permutations([*range(experts), *rest]))
+    kind = draw(st.sampled_from([np.int16, np.int32, np.int64]))
+    return np.array(cells, kind).reshape(ranks, slots), experts
+
+
+@given(placements())
+def test_each_expert_lists_its_slots_in_order(case):
+    placement, experts = case
+    cells = placement.ravel().tolist()
+    plain = [[slot for slot, held in enumerate(cells) if held == e] for e in range(experts)]
+    width = max(len(slots) for slots in plain)
+    table, counts = logical_to_physical(placement, experts)
+    assert table.tolist() == [slots + [-1] * (width - len(slots)) for slots in plain]
+    assert counts.tolist() == [len(slots) for slots in plain]
+    assert table.dtype == counts.dtype == np.int64
+
+
+def test_two_replicas_of_one_expert():
+    table, counts = logical_to_physical(np.array([[0, 1], [2, 0]]), 3)
+    assert table.tolist() == [[0, 3], [1, -1], [2, -1]]
+    assert counts.tolist() == [2, 1, 1]
+
+
+def test_a_placement_that_is_no_copy_of_its_own_memory():
+    wide = np.array([[0, 9, 1, 9], [2, 9, 0, 9]])
+    table, counts = logical_to_physical(wide[:, ::2], 3)
+    assert table.tolist() == [[0, 3], [1, -1], [2, -1]]
+    assert counts.tolist() == [2, 1, 1]

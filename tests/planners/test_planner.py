@@ -1,0 +1,198 @@
+import asyncio
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvloop
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_engine import FakeEngine
+
+from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
+from flash_eplb.ipc.names import planner_name
+from flash_eplb.ipc.session import segment_names
+from flash_eplb.ipc.status import Field, State
+from flash_eplb.planners.engine_loop import Pace
+from flash_eplb.planners.greedy import Greedy
+from flash_eplb.planners.planner import Planner
+
+PACE = Pace(episode_steps=2, window_episodes=8, min_episodes=4, plan_interval=4, timeout_steps=1000)
+SKEWED = np.array([[1, 1, 90, 80, 70, 1, 1, 1]] * 2)
+OTHER = np.array([[80, 1, 1, 1, 1, 70, 90, 60]] * 2)
+
+
+@pytest.fixture
+def engine(session):
+    made = FakeEngine(session)
+    yield made
+    made.close()
+
+
+def run(scenario, timeout=30.0):
+    async def guarded():
+        await asyncio.wait_for(scenario, timeout)
+
+    uvloop.run(guarded())
+
+
+@contextlib.asynccontextmanager
+async def planning(session, policy=Greedy):
+    """A planner that serves until the block ends."""
+    planner = Planner(session, policy, PACE)
+    task = asyncio.create_task(planner.run())
+    yield
+    planner.stop()
+    await task
+
+
+def rank_load(engine: FakeEngine, demand: np.ndarray) -> np.ndarray:
+    load = np.zeros((engine.shape.layers, engine.shape.ranks))
+    for layer, ranks in enumerate(engine.placement):
+        counts = np.bincount(ranks.ravel(), minlength=engine.shape.experts)
+        load[layer] = (demand[layer] / counts)[ranks].sum(axis=1)
+    return load
+
+
+async def until(engine, done, demand=SKEWED, most=2000):
+    for _ in range(most):
+        if done():
+            return
+        engine.step(demand)
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"not reached in {most} steps")
+
+
+def test_it_balances_an_engine_and_stops_when_told(session, engine):
+    async def scenario():
+        async with planning(session):
+            before = rank_load(engine, SKEWED)
+            await until(engine, lambda: engine.epoch >= 1)
+            await until(engine, lambda: not engine.steps % 40)
+            after = rank_load(engine, SKEWED)
+            assert (after.max(axis=1) < before.max(axis=1)).all()
+
+    run(scenario())
+    assert not owner_is_alive(planner_name(session))
+    assert all(rank.plans.generation == 0 for rank in engine.ranks)
+
+
+def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engine):
+    for _ in range(300):
+        engine.step(SKEWED)
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+
+    run(scenario())
+
+
+def test_a_successor_resumes_from_the_boards(session, engine, caplog):
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+        epoch = engine.epoch
+        with caplog.at_level(logging.INFO, "flash_eplb.planner"):
+            async with planning(session):
+                await until(engine, lambda: engine.epoch > epoch, OTHER)
+        assert f"resuming from epoch {epoch}" in caplog.text
+
+    logging.getLogger("flash_eplb").propagate = True
+    run(scenario())
+
+
+def test_a_refused_plan_is_given_up_and_a_later_one_sent(session, engine, caplog):
+    async def scenario():
+        async with planning(session):
+            engine.refuse = True
+            await until(engine, lambda: "given up" in caplog.text)
+            engine.refuse = False
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.INFO, "flash_eplb.planner"):
+        run(scenario())
+
+
+def test_a_policy_that_fails_costs_only_its_plan(session, engine, caplog):
+    class Failing(Greedy):
+        calls = 0
+
+        def plan(self, heat, placement, **options):
+            Failing.calls += 1
+            if Failing.calls == 1:
+                raise ZeroDivisionError("bug")
+            return super().plan(heat, placement, **options)
+
+    async def scenario():
+        async with planning(session, Failing):
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
+        run(scenario())
+    assert "the policy failed" in caplog.text
+
+
+def test_a_second_planner_is_refused(session, engine):
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+            with pytest.raises(SegmentInUseError, match="belongs to the living process"):
+                await Planner(session, Greedy, PACE).run()
+
+    run(scenario())
+
+
+def test_it_leaves_with_the_engine_and_cleans_up_after_it(session):
+    engine = FakeEngine(session)
+
+    async def scenario():
+        planner = Planner(session, Greedy, PACE, exit_with_engine=True)
+        task = asyncio.create_task(planner.run())
+        await until(engine, lambda: engine.epoch >= 1)
+        engine.close()
+        await task
+
+    run(scenario())
+    assert segment_names(session) == []
+
+
+def test_stationary_heat_gets_one_plan(session, engine, caplog):
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+            await until(engine, lambda: engine.steps >= 400)
+
+    with caplog.at_level(logging.INFO, "flash_eplb.planner"):
+        run(scenario())
+    assert caplog.text.count("moves in") == 1
+    assert "no layer is worth a move" in caplog.text
+
+
+def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engine, caplog):
+    engine.ranks[1].status[Field.STATE] = State.STOPPED
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.steps >= 200)
+
+    with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
+        run(scenario())
+    assert caplog.text.count("EP ranks [1] have stopped balancing") == 1
+    assert engine.epoch == 0
+
+
+def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypatch):
+    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
+
+    async def scenario():
+        async with planning(session):
+            while "VLLM_PLUGINS" not in caplog.text:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert caplog.text.count("still no engine") == 1

@@ -1,0 +1,162 @@
+"""A checkpoint, prompts, and what vLLM answers without us; helpers to run vLLM and the planner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from flash_eplb.eplb.demo.checkpoint import TinyMoE, write_checkpoint
+from flash_eplb.eplb.demo.server import environment
+from flash_eplb.eplb.demo.traffic import batches
+from flash_eplb.ipc.names import bell_name
+from flash_eplb.ipc.session import segment_names
+
+SETTINGS = {
+    "enabled": 1,
+    "episode_steps": 4,
+    "min_episodes": 4,
+    "plan_interval": 4,
+    "window_episodes": 10,
+    "vote_steps": 2,
+    "staging_rows": 16,
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(folder):
+    made = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from flash_eplb.eplb.demo.checkpoint import write_checkpoint; "
+            "write_checkpoint(pathlib.Path(sys.argv[1]))",
+            str(folder / "tiny-moe"),
+        ],
+        check=False,
+    )
+    assert made.returncode == 0
+    subprocess.run([sys.executable, "-m", "flash_eplb.eplb.cli", "warmup"], check=True)
+    return write_checkpoint(folder / "tiny-moe")
+
+
+@pytest.fixture(scope="session")
+def work():
+    return batches(TinyMoE(), per_topic=2)
+
+
+class Generated:
+    """What one run of generate.py gave: `passes`, `commits` and its `log`."""
+
+    def __init__(self, result: dict, log: str):
+        self.passes = result["passes"]
+        self.commits = result["commits"]
+        self.reload = result["reload"]
+        self.log = log
+
+
+@pytest.fixture(scope="session")
+def generate(folder, checkpoint, work):
+    (folder / "work.json").write_text(json.dumps(work))
+
+    def run(name, least_commits=0, engine=None, path="", **settings):
+        result, log = folder / f"{name}.json", folder / f"{name}.log"
+        command = [sys.executable, str(Path(__file__).parent / "generate.py"), str(checkpoint)]
+        command += [str(folder / "work.json"), str(result), str(least_commits)]
+        env = environment(**settings)
+        if path:
+            env["PYTHONPATH"] = path
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, json.dumps(engine or {})],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            code = process.wait(timeout=500)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        text = log.read_text(errors="replace")
+        assert code == 0, text[-5000:]
+        return Generated(json.loads(result.read_text()), text)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(generate):
+    """The tokens of the same engine, patches included, with EPLB_ENABLED=0."""
+    return generate("reference", enabled=0).passes[0]
+
+
+class PlannerProcess:
+    """`eplb planner` as a user starts it."""
+
+    def __init__(self, session: str, log: Path):
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [str(Path(sys.executable).parent / "eplb"), "planner"],
+                env=environment(session=session, **SETTINGS),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while text not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
+            time.sleep(0.1)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def start_planner(tmp_path):
+    started = []
+
+    def start(session: str) -> PlannerProcess:
+        started.append(PlannerProcess(session, tmp_path / f"planner-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for planner in started:
+        planner.end()
+
+
+def assert_nothing_left(session: str) -> None:
+    """No segment, no queue of `session`."""
+    assert segment_names(session) == []
+    with pytest.raises(posix_ipc.ExistentialError):
+        posix_ipc.MessageQueue(bell_name(session))

@@ -1,0 +1,63 @@
+"""Run `LLM.generate` on batches of prompts; a script, because vLLM wants a process of its own.
+
+Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS [ENGINE_ARGUMENTS.json]
+
+Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes), and writes
+{"passes": [[[token ids]]], "commits": rounds, "reload": what `reload_weights` raised}.
+"""
+
+import json
+import sys
+import time
+
+from vllm import LLM, SamplingParams
+
+from flash_eplb.eplb.config import load_config
+from flash_eplb.eplb.demo.server import ENGINE
+
+
+def wait_for_planner(session: str) -> None:
+    """Idle until a planner serves: beside two busy ranks on two cores it starts slowly."""
+    from flash_eplb.ipc.liveness import owner_is_alive
+    from flash_eplb.ipc.names import planner_name
+
+    deadline = time.monotonic() + 60
+    while not owner_is_alive(planner_name(session)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def main() -> None:
+    checkpoint, work_file, result_file, least = sys.argv[1:5]
+    more = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    with open(work_file) as file:
+        work = json.load(file)
+    llm = LLM(model=checkpoint, distributed_executor_backend="mp", **{**ENGINE, **more})
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    # Not at the top: vLLM's workers import this script, and must not import numba so early.
+    from flash_eplb.eplb.demo.observer import Observer
+
+    observer = Observer(load_config().session)
+    passes = []
+    while len(passes) < 8:
+        answers = []
+        for batch in work:
+            prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        passes.append(answers)
+        if observer.commits() >= int(least):
+            break
+        wait_for_planner(load_config().session)
+    result = {"passes": passes, "commits": observer.commits(), "reload": ""}
+    if int(least):
+        try:
+            llm.collective_rpc("reload_weights")
+        except Exception as error:
+            result["reload"] = str(error)
+    observer.close()
+    with open(result_file, "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`LLM.generate`: the same tokens with the balancer, and others when it is broken on purpose."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import SETTINGS, assert_nothing_left
+
+from flash_eplb.eplb.demo.traffic import differences
+
+MUTATION = """
+def register():
+    import os
+    if os.environ.get("EPLB_ENABLED") == "1":
+        from flash_eplb.loaders import staging
+        staging.Staging.commit = lambda self, row, layer, slot: None
+"""
+
+
+@pytest.fixture
+def mutation(tmp_path):
+    """A plug-in for vLLM that commits maps without weights; returns the folder for PYTHONPATH."""
+    (tmp_path / "broken_commit.py").write_text(MUTATION)
+    info = tmp_path / "broken_commit-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-commit\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nbroken_commit = broken_commit:register\n"
+    )
+    return str(tmp_path)
+
+
+def test_tokens_are_the_same_with_at_least_five_commits(generate, reference, session):
+    ours = generate("balanced", least_commits=5, session=session, spawn_planner=1, **SETTINGS)
+    assert ours.commits >= 5, ours.log[-5000:]
+    for answers in ours.passes:
+        differing, compared = differences(reference, answers)
+        assert compared == 8 * 8 * 40
+        assert differing == 0
+    assert "flash_eplb balances session" in ours.log
+    assert "flash_eplb has moved experts since the start" in ours.reload
+    assert_nothing_left(session)
+
+
+def test_maps_committed_without_weights_change_the_tokens(generate, reference, session, mutation):
+    broken = generate(
+        "mutation",
+        least_commits=3,
+        path=mutation,
+        session=session,
+        spawn_planner=1,
+        verify=0,  # the digests would find it out after the first commit
+        **SETTINGS,
+    )
+    assert broken.commits >= 3, broken.log[-5000:]
+    assert differences(reference, broken.passes[-1])[0] > 0
+    assert_nothing_left(session)
+
+
+def test_replicas_that_differ_at_load_are_refused_by_name(generate, session):
+    dummy = generate("dummy", session=session, engine={"load_format": "dummy"}, **SETTINGS)
+    assert "has other weights than the first" in dummy.log
+    assert "vLLM serves on, unbalanced" in dummy.log
+    assert dummy.commits == 0
+    assert len(dummy.passes[0]) == 8
+    assert_nothing_left(session)

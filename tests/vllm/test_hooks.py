@@ -1,0 +1,44 @@
+"""The hook on vLLM's own classes: installed only where it is wanted and can work."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_eplb.eplb.demo.server import environment
+
+
+@pytest.fixture
+def hooks(checkpoint):
+    def run(**settings):
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parent / "hooks.py"), str(checkpoint)],
+            env=environment(**settings),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("MADE "))
+        return json.loads(line[5:]), done.stdout + done.stderr
+
+    return run
+
+
+def test_without_us_vllm_s_own_state_is_made(hooks):
+    made, log = hooks()
+    assert set(made.values()) == {"EplbState"}
+    assert "flash_eplb" not in log
+
+
+def test_with_us_unsupported_modes_are_refused_by_name(hooks):
+    made, log = hooks(enabled=1)
+    assert made["tp2"] == "FlashEplbState"
+    assert made["pp2"] == made["tp2 dp2"] == "EplbState"
+    assert "does not balance: pipeline parallelism (pipeline_parallel_size=2)" in log
+    assert "does not balance: tensor parallelism within data parallelism (TP=2, DP=2)" in log
+    assert log.count("without --enable-eplb: nothing is balanced") == 1
