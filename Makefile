@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast check format bench-planner clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -27,6 +28,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# ARGS=--quick for a first look; ARGS=--help lists the rest
+bench-planner: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.planner $(ARGS)
+
 $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or later"; exit 1; }
@@ -39,6 +44,10 @@ $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@echo "compiling the planner's kernels"
 	@$(BIN)/eplb warmup
 	@touch $(READY)
+
+$(BENCH_READY): requirements-bench.txt $(READY)
+	@$(PIP) install --no-deps -r requirements-bench.txt
+	@touch $@
 
 clean:
 	-test ! -x $(BIN)/eplb || $(BIN)/eplb clean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,21 @@ from rich.table import Table
 
 from .. import __version__
 from . import config as settings
+
+if TYPE_CHECKING:
+    from ..planners.policy import Choice, Policy
+
+log = logging.getLogger("flash_eplb.planner")
+
+SETTINGS_OF = {
+    "min_excess": "min_excess",
+    "min_gain": "min_gain",
+    "max_moves": "max_moves",
+    "max_layers": "max_layers",
+    "effort": "effort",
+    "threads": "planner_threads",
+}
+"""Settings that are options of policies, by the name of the option."""
 
 app = typer.Typer(
     name="eplb",
@@ -46,23 +61,20 @@ def planner(
     """
     from ..ipc.liveness import SegmentError
     from ..planners.engine_loop import Pace
-    from ..planners.greedy import Greedy
     from ..planners.planner import Planner
+    from ..planners.policy import PolicyError
     from .logs import configure
 
     config = _load(session=session)
     configure(config.log_level)
     for name in settings.unknown_variables():
         typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
+    choice = _choose(config)
+    options = _options(config, choice)
 
-    def make_policy(ranks: int, slots: int) -> Greedy:
-        return Greedy(
-            ranks,
-            slots,
-            min_excess=config.min_excess,
-            min_gain=config.min_gain,
-            max_moves=config.max_moves or None,
-        )
+    def make_policy(ranks: int, slots: int) -> Policy:
+        # A group runs on one host for now, so all of its ranks share a node.
+        return choice.make(ranks, slots, ranks, **options)
 
     pace = Pace(
         episode_steps=config.episode_steps,
@@ -72,18 +84,48 @@ def planner(
         timeout_steps=2 * config.plan_timeout_steps,
     )
     try:
+        log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
+        compile_kernels(choice)
         _run(lambda: Planner(config.session, make_policy, pace, exit_with_engine))
     except SegmentError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(1) from None
+    except PolicyError as error:
+        raise _refusal(error) from None
+
+
+def _choose(config: settings.Config) -> Choice:
+    """The policy of EPLB_POLICY, loaded; the command ends with 2 if there is none."""
+    from ..planners.policy import PolicyError, choose_policy
+
+    try:
+        return choose_policy(config.policy)
+    except PolicyError as error:
+        raise _refusal(error) from None
+
+
+def _options(config: settings.Config, choice: Choice) -> dict[str, Any]:
+    """The settings that a policy may take; says which of those that were set this one does not."""
+    options = {option: getattr(config, name) for option, name in SETTINGS_OF.items()}
+    for option in ("max_moves", "max_layers"):
+        options[option] = options[option] or None
+    for option, name in SETTINGS_OF.items():
+        if option not in choice.options and settings.source(name) != "default":
+            variable = settings.PREFIX + name.upper()
+            typer.echo(f"eplb: {variable} does nothing with EPLB_POLICY={choice.name}", err=True)
+    return options
+
+
+def _refusal(error: Exception) -> typer.Exit:
+    """What ends a command whose policy cannot be used; its author finds the traceback in DEBUG."""
+    log.debug("the policy cannot be used", exc_info=error)
+    typer.echo(f"eplb: {error}", err=True)
+    return typer.Exit(2)
 
 
 def _run(make_planner: Any) -> None:
     """Run a planner on uvloop until it ends or SIGINT or SIGTERM comes."""
     import uvloop
-
-    logging.getLogger("flash_eplb.planner").info("compiling kernels (a minute the first time)")
-    compile_kernels()
 
     async def main() -> None:
         planner = make_planner()
@@ -95,12 +137,17 @@ def _run(make_planner: Any) -> None:
     uvloop.run(main())
 
 
-def compile_kernels() -> None:
-    """Compile, or load from the cache, all of the planner's kernels."""
-    from ..planners import engine_loop, greedy
+def compile_kernels(choice: Choice | None = None) -> None:
+    """Compile, or load from the cache, all kernels of the planner and its policy.
+
+    Args:
+        choice: the policy; None for the default one.
+    """
+    from ..planners import engine_loop
+    from ..planners.policy import DEFAULT, choose_policy
 
     engine_loop.warmup()
-    greedy.warmup()
+    (choice or choose_policy(DEFAULT)).warm_up()
 
 
 @app.command("config")
@@ -109,6 +156,8 @@ def show_config() -> None:
 
     Example: EPLB_WINDOW_EPISODES=32 eplb config
     """
+    from ..planners.policy import known_policies
+
     config = _load()
     table = Table(title="Settings")
     table.add_column("variable", no_wrap=True)
@@ -126,6 +175,8 @@ def show_config() -> None:
     Console(width=None if Console().is_terminal else 160).print(table)
     for name in settings.unknown_variables():
         typer.echo(f"eplb: {name} is no setting of ours: misspelt?", err=True)
+    if config.policy not in known_policies():
+        typer.echo(f"eplb: EPLB_POLICY={config.policy!r} names no policy: misspelt?", err=True)
 
 
 @app.command()
@@ -202,11 +253,16 @@ def demo(
 
 @app.command()
 def warmup() -> None:
-    """Compile the planner's kernels now, so that its next start takes a second.
+    """Compile the planner's kernels now, and its policy's, so that its next start takes a second.
 
     Example: eplb warmup
     """
-    compile_kernels()
+    from ..planners.policy import PolicyError
+
+    try:
+        compile_kernels(_choose(_load()))
+    except PolicyError as error:
+        raise _refusal(error) from None
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ..ipc.names import check_session
+from ..planners.policy import BUILT_IN, DEFAULT, GROUP
 
 PREFIX = "EPLB_"
 
@@ -28,17 +29,33 @@ class Config(BaseSettings):
     cpu_patches: bool = Field(
         False, description="patch vLLM's CPU build so that it runs expert parallelism"
     )
+    policy: str = Field(
+        DEFAULT,
+        pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="name of the policy that decides placements",
+    )
     episode_steps: int = Field(16, ge=1, le=4096, description="steps summed to one episode")
     window_episodes: int = Field(64, ge=1, le=1024, description="episodes that a plan looks at")
     min_episodes: int = Field(8, ge=1, le=1024, description="episodes before the first plan")
     plan_interval: int = Field(8, ge=1, le=4096, description="episodes between two plans")
     min_excess: float = Field(
-        0.05, ge=0, le=100, description="layers with PAR - 1 below this are left alone"
+        0.02, ge=0, le=100, description="layers with PAR - 1 below this are left alone"
     )
     min_gain: float = Field(
-        0.02, ge=0, le=100, description="PAR that a layer's new placement must win at least"
+        0.01, ge=0, le=100, description="PAR that a layer's new placement must win at least"
     )
     max_moves: int = Field(0, ge=0, le=10**6, description="slots moved per plan at most; 0: no cap")
+    max_layers: int = Field(
+        0, ge=0, le=10**6, description="layers that a plan changes at most; 0: no cap"
+    )
+    effort: str = Field(
+        "balanced",
+        pattern="^(fast|balanced|thorough)$",
+        description="how long FlashLB searches: fast, balanced or thorough",
+    )
+    planner_threads: int = Field(
+        1, ge=1, le=256, description="threads that FlashLB spreads layers over"
+    )
     staging_rows: int = Field(
         8, ge=1, le=4096, description="experts on their way to a rank at once"
     )
@@ -94,6 +111,10 @@ def allowed(name: str) -> str:
         return "1 to 32 letters, digits, '-' or '_'"
     if name == "log_level":
         return "DEBUG, INFO, WARNING or ERROR"
+    if name == "effort":
+        return "fast, balanced or thorough"
+    if name == "policy":
+        return f"{', '.join(BUILT_IN)} or the name of an entry point of {GROUP}"
     field = Config.model_fields[name]
     if field.annotation is bool:
         return "0 or 1"

@@ -7,28 +7,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from ..ipc import rank_segment
 from ..ipc.status import Field, State
+from . import guard
 from .delivery import Delivery, Progress
 from .episodes import EpisodeWindow
 from .group import Group, StepHeat
-from .plan import Plan
+from .guard import Guard, Proposal
+from .policy import Policy
 
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
-
-
-class Policy(Protocol):
-    """What decides placements; FlashLB and its alternatives have this form."""
-
-    def plan(self, heat: np.ndarray, placement: np.ndarray) -> Plan:
-        """A plan from heat [episodes, layers, experts] and int [layers, ranks, slots]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,8 @@ class EngineLoop:
 
     Args:
         group: the engine's ranks.
-        policy: decides placements; called in `executor`, never twice at once.
+        policy: decides placements; called in `executor`, never twice at once. What it gives is
+            checked, whoever wrote it.
         pace: when to plan.
         generation: of the planner, as it stands in the plan queues.
         executor: one thread.
@@ -66,7 +60,7 @@ class EngineLoop:
     ):
         shape = group.shape
         self._group = group
-        self._policy = policy
+        self._guard = Guard(policy, shape.staging_rows)
         self._pace = pace
         self._generation = generation
         self._executor = executor
@@ -75,7 +69,7 @@ class EngineLoop:
             shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
         )
         self._delivery: Delivery | None = None
-        self._planning: Future[Plan] | None = None
+        self._planning: Future[Proposal | None] | None = None
         self._plans = 0
         self._sequence = 1
         self._next_plan = pace.min_episodes
@@ -106,7 +100,7 @@ class EngineLoop:
             self._window.add(step)
         if self._planning is not None:
             if self._planning.done():
-                self._send(self._planning)
+                self._send(self._planning.result())
                 self._planning = None
         elif self._delivery is None and self._is_due():
             self._begin_plan()
@@ -150,18 +144,15 @@ class EngineLoop:
         self._read_boards()
         self._next_plan = self._window.count + self._pace.plan_interval
         self._planning = self._executor.submit(
-            self._policy.plan, self._window.heat(), self._placement
+            self._guard.propose, self._window.heat(), self._placement
         )
         self._planning.add_done_callback(lambda _: self._wake())
 
-    def _send(self, planning: Future[Plan]) -> None:
-        """Begin to deliver the plan; one that wins nothing is not sent."""
-        try:
-            plan = planning.result()
-            rounds = plan.rounds(self._group.shape.staging_rows)
-        except Exception:  # a policy that fails costs balance, not the planner
-            log.exception("the policy failed; experts stay where they are until the next plan")
+    def _send(self, proposal: Proposal | None) -> None:
+        """Begin to deliver the plan; one that wins nothing or was refused is not sent."""
+        if proposal is None:
             return
+        plan, rounds = proposal
         observed = self._window.observed_par(self._pace.plan_interval)
         if not plan:
             self._say_quiet(observed)
@@ -219,6 +210,7 @@ class EngineLoop:
 def warmup() -> None:
     """Compile, or load from the cache, the kernels that a turn uses; the policy has its own."""
     rank_segment.warmup()
+    guard.warmup()
     window = EpisodeWindow(1, 2, 2, 1, 1)
     window.learn(0, np.zeros((1, 2, 1), np.int32))
     window.add(StepHeat(0, 0, np.ones((1, 2), np.int64)))

@@ -35,7 +35,11 @@ class Plan:
         layers: int32[picked], the layers that change, best gain per move first.
         par_before: float64[layers], PAR of `before` on the heat the plan was made from; nan
             where it was not measured.
-        par_after: float64[layers], the same of `placement`.
+        par_after: float64[layers], the same of `placement`, and of `columns` if they were planned.
+        columns: int16[layers, ranks, slots], routing columns of each slot: its share of the
+            columns of its expert is its share of the expert's tokens.
+        ranks_per_node: consecutive ranks that share a node, from which sources are taken first;
+            None if distance is of no matter.
     """
 
     before: np.ndarray
@@ -43,6 +47,8 @@ class Plan:
     layers: np.ndarray
     par_before: np.ndarray
     par_after: np.ndarray
+    columns: np.ndarray
+    ranks_per_node: int | None = None
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
@@ -57,9 +63,10 @@ class Plan:
         ]
         writes = np.concatenate([np.empty((0, 3), np.int64), *changed])
         ranks = self.before.shape[1]
-        return _moves(self.before, self.placement, writes, ranks, np.zeros(ranks, np.int64))
+        near = self.ranks_per_node or ranks
+        return _moves(self.before, self.placement, writes, near, np.zeros(ranks, np.int64))
 
-    def rounds(self, rows: int, ranks_per_node: int | None = None) -> list[PlannedRound]:
+    def rounds(self, rows: int) -> list[PlannedRound]:
         """Cut the plan into rounds that write at most `rows` slots on any rank.
 
         After each round the placement is valid, and after the last it equals `placement`. Layers
@@ -68,16 +75,14 @@ class Plan:
 
         Args:
             rows: staging rows per rank, over all layers together; at least 1.
-            ranks_per_node: consecutive ranks that share a node; None if distance is of no matter.
 
         Raises:
-            ValueError: `rows` or `ranks_per_node` is below 1.
+            ValueError: `rows` is below 1.
         """
         ranks = self.before.shape[1]
-        near = ranks if ranks_per_node is None else ranks_per_node
-        for name, value in (("rows", rows), ("ranks_per_node", near)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        near = self.ranks_per_node or ranks
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; it must be at least 1")
         round_of = schedule(self.before, self.placement, self.layers, rows)
         writes = np.argwhere(round_of >= 0)
         turns = round_of[tuple(writes.T)]
@@ -100,6 +105,7 @@ def make_plan(
     *,
     par_before: np.ndarray | None = None,
     par_after: np.ndarray | None = None,
+    ranks_per_node: int | None = None,
 ) -> Plan:
     """The plan that leads from `before` to `wanted`.
 
@@ -110,9 +116,10 @@ def make_plan(
         wanted: int[layers, ranks, slots], a valid placement of the same experts.
         par_before: float[layers], PAR of `before`; None leaves it nan.
         par_after: float[layers], PAR of `wanted`; None leaves it nan.
+        ranks_per_node: consecutive ranks that share a node; None if distance is of no matter.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or `ranks_per_node` is below 1.
         PlacementError: `before` or `wanted` is not valid.
     """
     before, wanted = np.asarray(before), np.asarray(wanted)
@@ -131,7 +138,18 @@ def make_plan(
     for name, value in zip(("par_before", "par_after"), pars, strict=True):
         if value.shape != before.shape[:1]:
             raise ValueError(f"{name} has shape {value.shape}; it must be {before.shape[:1]}")
-    return Plan(before, placement, _by_gain(before, placement, *pars), *pars)
+    if ranks_per_node is not None and ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node is {ranks_per_node}; it must be at least 1")
+    layers = _by_gain(before, placement, *pars)
+    columns = np.ones(before.shape, np.int16)
+    return Plan(before, placement, layers, pars[0], pars[1], columns, ranks_per_node)
+
+
+def align_all(before: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """`align` for int32[layers, ranks, slots], both valid: no checks."""
+    placement = np.array(wanted, dtype=np.int32, order="C")
+    align_layers(before, placement, int(before.max()) + 1 if before.size else 0)
+    return placement
 
 
 def align(before: np.ndarray, wanted: np.ndarray) -> np.ndarray:

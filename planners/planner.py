@@ -20,8 +20,9 @@ from ..ipc.liveness import SegmentError
 from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
-from .engine_loop import EngineLoop, Pace, Policy
+from .engine_loop import EngineLoop, Pace
 from .group import Group
+from .policy import Policy
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -66,6 +67,7 @@ class Planner:
 
         Raises:
             SegmentInUseError: another planner serves the session.
+            PolicyError: the policy cannot be made for the engine that was found.
         """
         lock = take_name(self._session, planner_name(self._session), b"", 0, self._generation)
         lock.publish()

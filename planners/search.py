@@ -1,253 +1,363 @@
-"""The placement of one layer: replica counts, largest-first placement, and search by exact PAR.
-
-Heat is float32[experts, episodes] here, episodes contiguous, and scaled by `scale_heat` so that
-the PAR of a placement is the sum over episodes of the highest load of any rank.
-"""
+"""The placement of one layer: from scratch, from today's placement, or the better of the two."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .swaps import held_by, improve, layer_par, loads_of, moved, units_of
+from .counts import replica_counts
+from .improve import improve
+from .layer import FAST, merge, moved, new_layer, peak, replace, settle, swap
+from .place import place
+from .routing import LEAST, weigh
+from .scale import peaks_of, scale_heat, shortened, without_bursts
 
-MARGIN = 1.3
-"""A replica changes its expert if the new one's replicas are this many times as heavy."""
-
-SWAPS_LEAVE = 0.6
-"""Share of the excess of a fresh placement that swaps leave at best; measured: 0.65 to 0.9."""
+SCORED = 8
+"""Stretches of episodes on which vectors of replica counts are compared."""
 
 
-def scale_heat(heat: np.ndarray, ranks: int) -> np.ndarray:
-    """Scale tokens[episodes, experts] to float32[experts, busy episodes] as the search reads it.
+CAUTION = 0.004
+"""PAR that a slack of 2 must win over one of 1: heavier replicas suffer more when heat changes."""
 
-    Episodes without tokens say nothing about a placement and are left out.
+STRONGEST = 24
+"""Kicks differ by the number of exchanges, up to this many."""
+
+WEIGHTED_STRONGEST = 4
+"""The same where routing is planned: there small steps lead on where `improve` does not."""
+
+RACE = 3
+"""Sweeps by which placements from scratch are compared."""
+
+
+class Effort(NamedTuple):
+    """How long a search looks.
+
+    Attributes:
+        deviations: standard deviations over its mean at which an expert's heat is reckoned;
+            one family of replica counts for each.
+        slacks: see `counts.replica_counts`; one vector of each family for each.
+        starts: vectors of counts, the best of all, that are placed and improved.
+        checks, partners, sweeps, least: of `improve.improve`.
+        episodes: most episodes to search on; more of them are merged.
+        kicks: times that the best placement is disturbed and improved again.
     """
-    total = heat.sum(axis=1, dtype=np.float64)
-    busy = total > 0
-    scale = ranks / (total[busy] * len(heat))
-    return np.ascontiguousarray((heat[busy] * scale[:, None]).T, dtype=np.float32)
+
+    deviations: np.ndarray
+    slacks: np.ndarray
+    starts: int
+    checks: int
+    partners: int
+    sweeps: int
+    least: float
+    episodes: int
+    kicks: int
 
 
-@njit(nogil=True, cache=True)
-def search_layer(heat, before, z, price, most_moves):
-    """A placement int32[ranks, slots] with a low PAR plus price per moved slot.
+class Terms(NamedTuple):
+    """What a layer's new placement is worth.
 
-    The better of two candidates, both improved by swaps: today's placement, with more replicas of
-    its heaviest experts unless the moves are better spent on swaps; and one from scratch, its ranks
-    relabelled to resemble today's.
-
-    Args:
-        heat: float32[experts, episodes], scaled.
-        before: int32[ranks, slots], today's placement.
-        z: standard deviations over the mean at which an expert's heat is reckoned.
+    Attributes:
         price: PAR that one moved slot must win.
         most_moves: slots that may receive another expert.
+        scratch: whether to look for placements from scratch.
+        today: whether to look for placements near today's.
+        max_columns: routing columns of an expert that may be planned; 0 for uniform routing.
     """
-    ranks, slots = before.shape
-    home = held_by(before, len(heat))
-    weights = _weights(heat, z)
-    warm = recount(heat, before, weights, most_moves)
-    improve(heat, warm, home, price, most_moves)
-    worth = _worth(heat, warm, home, price)
-    if worth >= layer_par(heat, before) or moved(warm, home) > most_moves - 2:
-        swapped = before.copy()
-        improve(heat, swapped, home, price, most_moves)
-        if _worth(heat, swapped, home, price) < worth:
-            warm, worth = swapped, _worth(heat, swapped, home, price)
-    fresh = relabel(place(heat, replica_counts(weights, ranks * slots, ranks), ranks, slots), home)
-    even = heat.sum() / ranks
-    hope = even + SWAPS_LEAVE * (layer_par(heat, fresh) - even)
-    if worth <= hope + price * moved(fresh, home):
-        return warm
-    improve(heat, fresh, home, price, ranks * slots)
-    if moved(fresh, home) > most_moves or worth <= _worth(heat, fresh, home, price):
-        return warm
-    return fresh
+
+    price: float
+    most_moves: int
+    scratch: bool
+    today: bool
+    max_columns: int
 
 
-@njit(nogil=True, cache=True)
-def _worth(heat, placement, home, price):
-    return layer_par(heat, placement) + price * moved(placement, home)
+@njit(**FAST)
+def measure(heat, placement, layers):
+    """PAR of placements on the tokens of `layers`, and its standard error.
 
+    Args:
+        heat: float64[T, layers, E], tokens.
+        placement: int32[n, R, S].
+        layers: int64[n].
 
-@njit(nogil=True, cache=True)
-def _weights(heat, z):
-    weights = np.empty(len(heat))
-    for expert in range(len(heat)):
-        weights[expert] = heat[expert].mean() + z * heat[expert].std()
-    return weights
-
-
-@njit(nogil=True, cache=True)
-def replica_counts(weights, slots, ranks):
-    """Replicas int32[experts] that fill `slots`, each next one where a replica weighs most.
-
-    An expert gets at least one and at most `ranks`; needs experts <= slots <= experts * ranks.
+    Returns:
+        float64[2, n].
     """
-    counts = np.ones(len(weights), np.int32)
-    for _ in range(slots - len(weights)):
-        counts[_heaviest(weights, counts, counts == ranks)] += 1
-    return counts
+    par = np.empty((2, len(layers)))
+    for i in range(len(layers)):
+        scaled, _ = scale_heat(heat, layers[i], placement.shape[1])
+        total = squares = 0.0
+        for peak_load in peaks_of(scaled, placement[i]):
+            ratio = max(peak_load, 1.0)  # 1 in episodes without tokens
+            total += ratio
+            squares += ratio * ratio
+        mean = total / len(heat)
+        par[0, i] = mean
+        par[1, i] = np.sqrt(max(0.0, squares / len(heat) - mean * mean) / len(heat))
+    return par
 
 
-@njit(nogil=True, cache=True)
-def _heaviest(weights, counts, closed):
-    """The expert, of those not closed, whose replicas weigh most; -1 if all are closed."""
-    best = -1
-    for expert in range(len(weights)):
-        if not closed[expert] and (
-            best < 0 or weights[expert] * counts[best] > weights[best] * counts[expert]
-        ):
-            best = expert
+@njit(**FAST)
+def search_layers(heat, weights, placement, layers, effort, terms):
+    """The best placement of each of `layers`; one that is not better stays as it is.
+
+    Args:
+        heat: float64[T, layers, E], tokens.
+        weights: float32[T], of the episodes, 1 in sum.
+        placement: int32[layers, R, S], today's.
+        layers: int64[n].
+        effort: Effort.
+        terms: Terms.
+
+    Returns:
+        (placements int32[n, R, S], slots of each that receive another expert int64[n]).
+    """
+    experts = heat.shape[2]
+    _, ranks, slots = placement.shape
+    found = np.empty((len(layers), ranks, slots), np.int32)
+    moves = np.zeros(len(layers), np.int64)
+    home = np.empty((ranks, experts), np.int8)
+    for i in range(len(layers)):
+        today = placement[layers[i]]
+        found[i] = today
+        home[:] = 0
+        for rank in range(ranks):
+            for expert in today[rank]:
+                home[rank, expert] = 1
+        scaled, _ = scale_heat(heat, layers[i], ranks)
+        heat_now = shortened(without_bursts(scaled, weights), effort.episodes)
+        layer = new_layer(heat_now, home, ranks, slots)
+        _search(layer, today, effort, terms, found[i])
+        for rank in range(ranks):
+            for expert in found[i, rank]:
+                moves[i] += 1 - home[rank, expert]
+    return found, moves
+
+
+@njit(**FAST)
+def _search(layer, today, effort, terms, found):
+    settle(layer, today)
+    best = _worth(layer, terms)
+    settle(layer, today)
+    if terms.today:
+        best = from_today(layer, effort, terms, best, found)
+    if terms.scratch:
+        best = from_scratch(layer, effort, terms, best, found)
+    if effort.kicks > 0 and len(today) > 1:
+        kick(layer, effort, terms, best, found)
+
+
+@njit(**FAST)
+def from_today(layer, effort, terms, best, found):
+    """Improve the placement that `layer` has, today's; what `found` is worth then.
+
+    The price of a move falls in steps, so that those which win most come first.
+    """
+    excess = peak(layer) - layer.mean.sum() / len(layer.loads) * layer.heat.shape[1]
+    for divisor in (1, 4, 16):
+        price = max(terms.price, excess / max(1, terms.most_moves) / divisor)
+        price = price if divisor < 16 else terms.price
+        _improve(layer, effort, price, terms.most_moves, effort.sweeps)
+    return _keep_better(layer, terms, best, found)
+
+
+@njit(**FAST)
+def _improve(layer, effort, price, most_moves, sweeps):
+    improve(
+        layer,
+        np.float32(price),
+        most_moves,
+        effort.checks,
+        effort.partners,
+        sweeps,
+        np.float32(effort.least),
+    )
+
+
+@njit(**FAST)
+def _worth(layer, terms):
+    """PAR of the layer's placement, with planned routing if there is to be, plus price of moves."""
+    moves = moved(layer)
+    if terms.max_columns:
+        columns = np.empty(layer.placement.shape, np.int16)
+        least = np.float32(LEAST)
+        return weigh(layer, terms.max_columns, columns, least) + terms.price * moves
+    return peak(layer) + terms.price * moves
+
+
+@njit(**FAST)
+def _keep_better(layer, terms, best, found):
+    """Take the layer's placement if it is worth more than `best`; what `found` is worth then."""
+    if moved(layer) <= terms.most_moves:
+        worth = _worth(layer, terms)
+        if worth < best:
+            found[:] = layer.placement
+            return worth
     return best
 
 
-@njit(nogil=True, cache=True)
-def place(heat, counts, ranks, slots):
-    """Place `counts` replicas, heaviest first, where their heat meets the load least.
+@njit(**FAST)
+def from_scratch(layer, effort, terms, best, found):
+    """Place the best vectors of replica counts anew; what `found` is worth then.
 
-    Each goes to the rank with a free slot, not holding the expert, whose load over the episodes
-    has the smallest inner product with it. If only ranks that hold the expert have a free slot,
-    another rank hands one of its experts over to such a rank and takes this one: it always can,
-    for it is full, holds neither this expert nor fewer others than the rank with the free slot.
+    Each gets a few sweeps of improvement; the one that is best then gets the rest.
     """
-    experts, episodes = heat.shape
-    placement = np.full((ranks, slots), -1, np.int32)
-    filled = np.zeros(ranks, np.int32)
-    held = np.zeros((ranks, experts), np.bool_)
-    load = np.zeros((ranks, episodes), np.float32)
-    unit = np.empty((experts, episodes), np.float32)
+    ranks, slots = layer.placement.shape
+    first = np.empty((ranks, slots), np.int32)
+    lowest = np.inf
+    vectors, cautions = _count_vectors(layer, effort)
+    for i in range(len(vectors)):
+        counts = vectors[i]
+        placement = place(layer.coarse, counts, ranks, slots)[0]
+        if terms.max_columns:  # what is best with planned routing need not be so with uniform
+            settle(layer, relabel(placement, layer.home))
+            best = _keep_better(layer, terms, best, found)
+        settle(layer, placement)
+        _improve(layer, effort, 0.0, ranks * slots, min(RACE, effort.sweeps))
+        if peak(layer) + cautions[i] < lowest:
+            lowest = peak(layer) + cautions[i]
+            first[:] = layer.placement
+        if terms.max_columns:
+            best = _keep_better(layer, terms, best, found)
+    settle(layer, relabel(first, layer.home))
+    _improve(layer, effort, 0.0, ranks * slots, effort.sweeps - RACE)
+    return _keep_better(layer, terms, best, found)
+
+
+@njit(**FAST)
+def kick(layer, effort, terms, best, found):
+    """Disturb `found` and improve it again, `effort.kicks` times; what it is worth then."""
+    state = np.uint64(88172645463325252)
+    for number in range(effort.kicks):
+        settle(layer, found)
+        for _ in range(1 + number % (WEIGHTED_STRONGEST if terms.max_columns else STRONGEST)):
+            state = _next(state)
+            _disturb(layer, np.int64(state >> np.uint64(1)))
+        if terms.max_columns:
+            placement = layer.placement.copy()
+            best = _keep_better(layer, terms, best, found)
+            settle(layer, placement)
+        _improve(layer, effort, terms.price, terms.most_moves, effort.sweeps)
+        best = _keep_better(layer, terms, best, found)
+    return best
+
+
+@njit(**FAST)
+def _next(state):
+    """The next number of a xorshift generator (Marsaglia 2003): the same draws every time."""
+    state ^= state << np.uint64(13)
+    state ^= state >> np.uint64(7)
+    return state ^ (state << np.uint64(17))
+
+
+@njit(**FAST)
+def _disturb(layer, draw):
+    """Swap two experts, or replace a replica, as `draw` says; nothing if that is not valid."""
+    ranks, slots = layer.placement.shape
+    rank = layer.at[0, draw % layer.at.shape[1]] if draw // 2**41 % 2 else draw // 2**42 % ranks
+    other = (rank + 1 + draw // 64 % (ranks - 1)) % ranks
+    slot, other_slot = draw // 2**16 % slots, draw // 2**25 % slots
+    a, b = layer.placement[rank, slot], layer.placement[other, other_slot]
+    if layer.held[other, a]:
+        return
+    if draw // 2**40 % 2 and layer.counts[b] > 1:
+        replace(layer, other, other_slot, a)
+    elif not layer.held[rank, b]:
+        swap(layer, rank, slot, other, other_slot)
+
+
+@njit(**FAST)
+def _count_vectors(layer, effort):
+    """The `effort.starts` best vectors of replica counts: (int32[n, E], PAR that each must win)."""
+    ranks, slots = layer.placement.shape
+    experts, episodes = layer.heat.shape
+    merged = merge(layer.heat, SCORED)
+    weights = np.empty(experts, np.float32)
+    spread = np.empty(experts, np.float32)
     for expert in range(experts):
-        unit[expert] = heat[expert] / np.float32(counts[expert])
-    weight = np.array([row.sum() for row in unit])
-    for expert in np.argsort(-weight, kind="mergesort"):
-        for _ in range(counts[expert]):
-            free, full = -1, -1
-            free_cost = full_cost = np.float32(0)
-            for rank in range(ranks):
-                if held[rank, expert]:
-                    continue
-                cost = _dot(load, rank, unit, expert)
-                if filled[rank] < slots and (free < 0 or cost < free_cost):
-                    free, free_cost = rank, cost
-                if filled[rank] == slots and (full < 0 or cost < full_cost):
-                    full, full_cost = rank, cost
-            if free < 0:
-                free = _hand_over(placement, filled, held, load, unit, full)
-            placement[free, filled[free]] = expert
-            filled[free] += 1
-            held[free, expert] = True
-            load[free] += unit[expert]
-    return placement
+        squares = np.float32(0)
+        for t in range(episodes):
+            squares += (layer.heat[expert, t] - layer.mean[expert]) ** 2
+        spread[expert] = np.sqrt(squares / episodes)
+    most = len(effort.deviations) * len(effort.slacks)
+    vectors = np.empty((most, experts), np.int32)
+    scores = np.empty(most, np.float32)
+    cautions = np.empty(most, np.float32)
+    n = 0
+    for deviation in effort.deviations:
+        for expert in range(experts):
+            weights[expert] = layer.mean[expert] + np.float32(deviation) * spread[expert]
+        for slack in effort.slacks:
+            counts = replica_counts(weights, ranks * slots, ranks, np.float32(slack))
+            known = False
+            for i in range(n):
+                known |= (vectors[i] == counts).all()
+            if not known:
+                vectors[n] = counts
+                cautions[n] = np.float32(CAUTION) * (slack - 1)
+                scores[n] = place(merged, counts, ranks, slots)[1] + cautions[n]
+                n += 1
+    order = np.argsort(scores[:n])[: effort.starts]
+    return vectors[order], cautions[order]
 
 
-@njit(nogil=True, cache=True)
-def _hand_over(placement, filled, held, load, unit, full):
-    """Move the lightest expert that can go from rank `full` to a rank with a free slot; `full`."""
-    ranks, slots = placement.shape
-    for rank in range(ranks):
-        if filled[rank] == slots:
-            continue
-        for slot in range(slots - 1, -1, -1):
-            expert = placement[full, slot]
-            if held[rank, expert]:
-                continue
-            placement[full, slot] = placement[full, slots - 1]
-            filled[full] -= 1
-            held[full, expert] = False
-            load[full] -= unit[expert]
-            placement[rank, filled[rank]] = expert
-            filled[rank] += 1
-            held[rank, expert] = True
-            load[rank] += unit[expert]
-            return full
-    return -1
-
-
-@njit(nogil=True, cache=True)
-def recount(heat, placement, weights, most_moves):
-    """Give slots of the least needed replicas to the heaviest experts; the changed placement.
-
-    The expert with the heaviest replicas takes a slot, on the rank whose load over the episodes
-    has the smallest inner product with it, from an expert whose replicas would then still be
-    lighter by the factor MARGIN; until there is none, at most `most_moves` times.
-    """
-    placement = placement.copy()
-    ranks = len(placement)
-    held = held_by(placement, len(heat))
-    counts = held.sum(axis=0)
-    units = units_of(heat, placement)
-    loads = loads_of(units, placement)
-    closed = counts == ranks
-    for _ in range(most_moves):
-        hot = _heaviest(weights, counts, closed)
-        if hot < 0:
-            break
-        rank, slot = _spare_slot(hot, placement, held, counts, units, loads, weights)
-        if rank < 0:
-            closed[hot] = True
-            continue
-        donor = placement[rank, slot]
-        placement[rank, slot] = hot
-        held[rank, donor], held[rank, hot] = 0, 1
-        loads[rank] += units[hot] - units[donor]
-        counts[donor] -= 1
-        counts[hot] += 1
-        for expert in np.array([donor, hot]):
-            unit = heat[expert] / np.float32(counts[expert])
-            for other in range(ranks):
-                if held[other, expert]:
-                    loads[other] += unit - units[expert]
-            units[expert] = unit
-        closed[hot] = counts[hot] == ranks
-    return placement
-
-
-@njit(nogil=True, cache=True)
-def _spare_slot(hot, placement, held, counts, units, loads, weights):
-    """(rank, slot) whose expert makes way for `hot` as `recount` says; (-1, -1) if none does."""
-    best = (np.float32(0), -1, -1)
-    for rank in range(len(placement)):
-        if held[rank, hot]:
-            continue
-        load = _dot(loads, rank, units, hot)
-        for slot in range(placement.shape[1]):
-            donor = placement[rank, slot]
-            left = counts[donor] - 1
-            if left and weights[hot] * left > MARGIN * weights[donor] * counts[hot]:
-                cost = load - _dot(units, donor, units, hot)
-                if best[1] < 0 or cost < best[0]:
-                    best = (cost, rank, slot)
-    return best[1], best[2]
-
-
-@njit(nogil=True, cache=True)
+@njit(**FAST)
 def relabel(placement, home):
     """Permute the ranks of int32[ranks, slots] so that much of it is at home, best pairs first."""
     ranks, slots = placement.shape
-    overlap = np.zeros((ranks, ranks), np.int32)
-    for rank in range(ranks):
-        for expert in placement[rank]:
-            for other in range(ranks):
-                overlap[rank, other] += home[other, expert]
+    pairs, common = _overlaps(placement, home)
     named = np.full(ranks, -1, np.int32)
     taken = np.zeros(ranks, np.bool_)
-    for common in range(slots, -1, -1):
-        for rank in range(ranks):
-            for other in range(ranks):
-                if overlap[rank, other] == common and named[rank] < 0 and not taken[other]:
-                    named[rank] = other
-                    taken[other] = True
+    for wanted in range(slots, 0, -1):
+        for i in range(len(common)):
+            rank, other = pairs[i]
+            if common[i] == wanted and named[rank] < 0 and not taken[other]:
+                named[rank] = other
+                taken[other] = True
+    free = 0
+    for rank in range(ranks):
+        if named[rank] < 0:
+            while taken[free]:
+                free += 1
+            named[rank] = free
+            taken[free] = True
     relabelled = np.empty_like(placement)
     relabelled[named] = placement
     return relabelled
 
 
-@njit(nogil=True, cache=True, fastmath=True)
-def _dot(left, row, right, other):
-    """Inner product over the episodes of a row of each float32[rows, episodes]."""
-    total = np.float32(0)
-    for t in range(left.shape[1]):
-        total += left[row, t] * right[other, t]
-    return total
+@njit(**FAST)
+def _overlaps(placement, home):
+    """(rank, rank at home) pairs int32[n, 2] that share experts, and how many int32[n]."""
+    ranks, experts = home.shape
+    first = np.zeros(experts + 1, np.int64)
+    for expert in range(experts):
+        first[expert + 1] = first[expert] + home[:, expert].sum()
+    holders = np.empty(first[-1], np.int32)
+    at = first[:-1].copy()
+    for rank in range(ranks):
+        for expert in range(experts):
+            if home[rank, expert]:
+                holders[at[expert]] = rank
+                at[expert] += 1
+    most = 0
+    for expert in placement.flat:
+        most += first[expert + 1] - first[expert]
+    pairs = np.empty((most, 2), np.int32)
+    common = np.zeros(most, np.int32)
+    place_of = np.full(ranks, -1, np.int64)
+    n = 0
+    for rank in range(ranks):
+        start = n
+        for expert in placement[rank]:
+            for other in holders[first[expert] : first[expert + 1]]:
+                if place_of[other] < 0:
+                    place_of[other] = n
+                    pairs[n, 0], pairs[n, 1] = rank, other
+                    n += 1
+                common[place_of[other]] += 1
+        for i in range(start, n):
+            place_of[pairs[i, 1]] = -1
+    return pairs[:n], common[:n]

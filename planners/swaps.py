@@ -1,203 +1,214 @@
-"""Local search on the placement of one layer, every step judged by its exact PAR.
+"""Swaps of two experts between two ranks: those that lower the peak, and those that even out.
 
-Heat is scaled as in `search.scale_heat`: PAR is the sum over episodes of the highest load.
+The estimate of a swap is what it wins in the episodes whose peak the rank is, no more than the
+margin over the next rank, less the harm that the heat it gives away does on the other rank.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
-STEP = 5e-4
-"""PAR that each step must win on top of its price; smaller gains only cost time and moves."""
+from .estimate import enter, harm_of, overflow
+from .layer import FAST, swap, swap_gain
+
+SLIGHT = 0.5
+"""Share of the mean margin below which a peak does not count in an estimate."""
+
+PARTNERS = 8
+"""Ranks with little load that one with much is evened out with."""
+
+EVEN_ENOUGH = 1e-7
+"""Square of the difference from the mean load, as a share of it, that is not worth a swap."""
 
 
-@njit(nogil=True, cache=True)
-def improve(heat, placement, home, price, most_moves):
-    """Swap experts of the rank that is most often the peak while PAR plus price of moves falls.
+class Desk(NamedTuple):
+    """Room to work in for `swap_one`, made once.
 
-    A rank without a swap that gains is left alone until a swap of another rank changes its load.
-
-    Args:
-        heat: float32[experts, episodes], scaled.
-        placement: int32[ranks, slots], valid; changed in place and valid again.
-        home: int32[ranks, experts], 1 where an expert stands today.
-        price: PAR that one moved slot must win.
-        most_moves: slots that may differ from `home`; a placement that starts with more stays.
+    Attributes:
+        slots: int32[3, R * S], rank, slot and expert of the slots that a rank may swap with.
+        units: float32[T, R * S], heat of each of these where the rank is the peak.
+        relief: float32[R * S], what each wins there.
+        peaks: int32[T], the episodes of which the rank is the peak.
+        hopes: float32[S], the most that each slot of the rank can win.
+        gains: float32[checks], estimates of the best candidates.
+        steps: int32[checks, 3], what they are.
     """
-    experts = len(heat)
-    held = held_by(placement, experts)
-    units = units_of(heat, placement)
-    loads = loads_of(units, placement)
-    ranks = len(placement)
-    stuck = np.zeros(ranks, np.bool_)
-    for _ in range(4 * placement.size):
-        top, first, second = _top_three(loads)
-        peaks = np.bincount(first, minlength=ranks) * ~stuck
-        rank = peaks.argmax()
-        if peaks[rank] == 0:
-            return
-        room = most_moves - moved(placement, home)
-        gain, slot, other, other_slot = _best_swap(
-            rank, placement, held, home, units, loads, top, first, second, price, room
-        )
-        stuck[rank] = True
-        if gain > 0:
-            leaving, arriving = placement[rank, slot], placement[other, other_slot]
-            placement[rank, slot], placement[other, other_slot] = arriving, leaving
-            held[rank, leaving] = held[other, arriving] = 0
-            held[rank, arriving] = held[other, leaving] = 1
-            for changed in (rank, other):
-                stuck[changed] = False
-                loads[changed] = 0
-                for expert in placement[changed]:
-                    loads[changed] += units[expert]
+
+    slots: np.ndarray
+    units: np.ndarray
+    relief: np.ndarray
+    peaks: np.ndarray
+    hopes: np.ndarray
+    gains: np.ndarray
+    steps: np.ndarray
 
 
-@njit(nogil=True, cache=True)
-def _top_three(loads):
-    """The three highest loads float32[3, episodes] and the ranks [episodes] of the first two."""
-    ranks, episodes = loads.shape
-    top = np.full((3, episodes), -1, np.float32)
-    first = np.zeros(episodes, np.int64)
-    second = np.zeros(episodes, np.int64)
+@njit(**FAST)
+def new_desk(layer, partners, checks):
+    """A desk for swaps of any rank of `layer` with `partners` others."""
+    ranks, slots = layer.placement.shape
+    episodes = layer.heat.shape[1]
+    n = min(partners, ranks) * slots
+    return Desk(
+        np.empty((3, n), np.int32),
+        np.empty((episodes, n), np.float32),
+        np.empty(n, np.float32),
+        np.empty(episodes, np.int32),
+        np.empty(slots, np.float32),
+        np.empty(checks, np.float32),
+        np.empty((checks, 3), np.int32),
+    )
+
+
+@njit(**FAST)
+def _lay_out(layer, rank, others, desk):
+    """Fill the desk for swaps of `rank` with `others`: (slots, episodes) that were found."""
+    n = peaks = 0
+    margins = np.float32(0)
+    for t in range(layer.heat.shape[1]):
+        desk.peaks[peaks] = t
+        if layer.at[0, t] == rank:
+            peaks += 1
+            margins += layer.top[0, t] - layer.top[1, t]
+    bar = np.float32(SLIGHT) * margins / max(1, peaks)
+    kept = 0
+    for i in range(peaks):
+        t = desk.peaks[i]
+        desk.peaks[kept] = t
+        kept += layer.top[0, t] - layer.top[1, t] >= bar
+    peaks = kept
+    for other in others:
+        if other == rank:
+            continue
+        for slot in range(layer.placement.shape[1]):
+            expert = layer.placement[other, slot]
+            desk.slots[0, n], desk.slots[1, n], desk.slots[2, n] = other, slot, expert
+            n += 1 - layer.held[rank, expert]
+    for i in range(peaks):
+        for j in range(n):
+            expert = desk.slots[2, j]
+            desk.units[i, j] = layer.by_episode[desk.peaks[i], expert] * layer.share[expert]
+    for slot in range(len(desk.hopes)):
+        expert = layer.placement[rank, slot]
+        hope = np.float32(0)
+        for i in range(peaks):
+            t = desk.peaks[i]
+            unit = layer.heat[expert, t] * layer.share[expert]
+            hope += min(unit, layer.top[0, t] - layer.top[1, t])
+        desk.hopes[slot] = hope
+    return n, peaks
+
+
+@njit(**FAST)
+def swap_one(layer, rank, others, level, price, room, desk, least):
+    """Carry out the best swap between `rank` and `others`: (the other rank or -1, moves spent)."""
+    placement, held, home, share = layer.placement, layer.held, layer.home, layer.share
+    gains, steps = desk.gains, desk.steps
+    per_level = np.float32(1) / level
+    n, peaks = _lay_out(layer, rank, others, desk)
+    filled, bar = 0, np.float32(least)
+    for _ in range(min(placement.shape[1], 2 * len(gains))):
+        slot = desk.hopes.argmax()
+        if desk.hopes[slot] <= bar:
+            break
+        desk.hopes[slot] = -1
+        a = placement[rank, slot]
+        _relieve(layer, a, n, peaks, desk)
+        unit = layer.mean[a] * share[a]
+        for j in range(n):
+            gain = desk.relief[j]
+            if gain <= bar:
+                continue
+            other, b = desk.slots[0, j], desk.slots[2, j]
+            moves = home[rank, a] - home[other, a] + home[other, b] - home[rank, b]
+            gain -= price * moves
+            if gain <= bar or moves > room or held[other, a]:
+                continue
+            shift = unit - layer.mean[b] * share[b]
+            harm = harm_of(layer, other if shift > 0 else rank, abs(shift), per_level)
+            if gain - harm <= bar:
+                continue
+            over = overflow(layer, other, a, share[a], b, share[b])
+            gain -= harm if harm > over else over
+            if gain > bar:
+                filled = enter(gains, steps, filled, gain, slot, other, desk.slots[1, j])
+                if filled == len(gains):
+                    bar = gains[filled - 1]
+    best, chosen, spent = np.float32(least), -1, 0
+    for i in range(filled):
+        slot, other, other_slot = steps[i]
+        a, b = placement[rank, slot], placement[other, other_slot]
+        moves = home[rank, a] + home[other, b] - home[other, a] - home[rank, b]
+        gain = swap_gain(layer, rank, a, other, b) - price * moves
+        if gain > best:
+            best, chosen, spent = gain, i, moves
+    if chosen < 0:
+        return -1, 0
+    slot, other, other_slot = steps[chosen]
+    swap(layer, rank, slot, other, other_slot)
+    return other, spent
+
+
+@njit(**FAST)
+def _relieve(layer, expert, n, peaks, desk):
+    """Set relief[j]: what it wins at the peaks of its rank if `expert` makes way for slot j's."""
+    relief = desk.relief
+    for j in range(n):
+        relief[j] = 0
+    for i in range(peaks):
+        t = desk.peaks[i]
+        heat = layer.heat[expert, t] * layer.share[expert]
+        margin = layer.top[0, t] - layer.top[1, t]
+        for j in range(n):
+            less = heat - desk.units[i, j]
+            relief[j] += less if less < margin else margin
+
+
+@njit(**FAST)
+def even_out(layer, price, room):
+    """Swaps that bring the mean loads of two ranks together and make the PAR no worse; how many.
+
+    Where many ranks are close to the peak no single swap wins much: these open the way to more.
+    """
+    placement, held, home = layer.placement, layer.held, layer.home
+    ranks, slots = placement.shape
+    episodes = layer.heat.shape[1]
+    load = np.zeros(ranks, np.float32)
     for rank in range(ranks):
         for t in range(episodes):
-            load = loads[rank, t]
-            if load > top[0, t]:
-                top[2, t], top[1, t], top[0, t] = top[1, t], top[0, t], load
-                second[t], first[t] = first[t], rank
-            elif load > top[1, t]:
-                top[2, t], top[1, t] = top[1, t], load
-                second[t] = rank
-            elif load > top[2, t]:
-                top[2, t] = load
-    return top, first, second
-
-
-@njit(nogil=True, cache=True, fastmath=True)
-def _best_swap(rank, placement, held, home, units, loads, top, first, second, price, room):
-    """(gain over STEP, slot, other rank, its slot) of the best swap with `rank`; gain 0 if none.
-
-    The search ends at the first rank with a swap that wins half of what `rank` alone can win.
-    """
-    ranks, slots = placement.shape
-    found = (0.0, 0, 0, 0)
-    peak = top[0].sum()
-    enough = 0.5 * (peak - np.where(first == rank, top[1], top[0]).sum())
-    rest = np.empty(len(first), np.float32)
-    for other in range(ranks):
-        if other == rank or found[0] > enough:
-            continue
-        for t in range(len(rest)):
-            if first[t] != rank and first[t] != other:
-                rest[t] = top[0, t]
-            elif second[t] != rank and second[t] != other:
-                rest[t] = top[1, t]
-            else:
-                rest[t] = top[2, t]
-        if peak - rest.sum() + 2 * price < found[0] + STEP:
-            continue
-        relief = _relief(placement, rank, other, first, units)
-        for slot in range(slots):
-            leaving = placement[rank, slot]
-            if held[other, leaving]:
+            load[rank] += layer.loads[rank, t]
+    order = np.argsort(-load)
+    done = 0
+    for i in range(ranks // 2):
+        rank = order[i]
+        for j in range(min(PARTNERS, ranks // 2)):
+            other = order[ranks - 1 - j]
+            gap = (load[rank] - load[other]) / episodes
+            best, chosen, chosen_other = np.float32(EVEN_ENOUGH / episodes / episodes), -1, -1
+            for slot in range(slots):
+                a = placement[rank, slot]
+                if held[other, a]:
+                    continue
+                unit = layer.mean[a] * layer.share[a]
+                for other_slot in range(slots):
+                    b = placement[other, other_slot]
+                    shift = unit - layer.mean[b] * layer.share[b]
+                    gain = shift * (gap - shift)
+                    if gain > best and not held[rank, b]:
+                        best, chosen, chosen_other = gain, slot, other_slot
+            if chosen < 0:
                 continue
-            for other_slot in range(slots):
-                arriving = placement[other, other_slot]
-                if held[rank, arriving]:
-                    continue
-                bound = relief[0, slot] - relief[1, other_slot]
-                if bound + 2 * price < found[0] + STEP:
-                    continue
-                moves = home[rank, leaving] + home[other, arriving]
-                moves -= home[rank, arriving] + home[other, leaving]
-                if moves > room:
-                    continue
-                after = np.float32(0)
-                for t in range(len(rest)):
-                    shift = units[leaving, t] - units[arriving, t]
-                    high = max(loads[rank, t] - shift, loads[other, t] + shift)
-                    after += max(high, rest[t])
-                gain = peak - after - price * moves - STEP
-                if gain > found[0]:
-                    found = (gain, slot, other, other_slot)
-    return found
-
-
-@njit(nogil=True, cache=True, fastmath=True)
-def _relief(placement, rank, other, first, units):
-    """PAR float32[2, slots] that each expert of the two ranks adds where `rank` is the peak.
-
-    Less what it adds where `other` is. The difference of two bounds what swapping them can win.
-    """
-    slots = placement.shape[1]
-    sign = np.empty(len(first), np.float32)
-    for t in range(len(first)):
-        sign[t] = (first[t] == rank) - (first[t] == other)
-    relief = np.zeros((2, slots), np.float32)
-    for side in range(2):
-        for slot in range(slots):
-            expert = placement[other if side else rank, slot]
-            for t in range(len(first)):
-                relief[side, slot] += sign[t] * units[expert, t]
-    return relief
-
-
-@njit(nogil=True, cache=True)
-def layer_par(heat, placement):
-    """PAR of int32[ranks, slots] over the busy episodes; each idle one adds 1 / episodes."""
-    return peak_of(loads_of(units_of(heat, placement), placement)).sum()
-
-
-@njit(nogil=True, cache=True)
-def held_by(placement, experts):
-    """1 in int32[ranks, experts] where a rank holds an expert."""
-    held = np.zeros((len(placement), experts), np.int32)
-    for rank in range(len(placement)):
-        for expert in placement[rank]:
-            held[rank, expert] = 1
-    return held
-
-
-@njit(nogil=True, cache=True)
-def moved(placement, home):
-    """Slots whose expert was not on the rank."""
-    moved = 0
-    for rank in range(len(placement)):
-        for expert in placement[rank]:
-            moved += 1 - home[rank, expert]
-    return moved
-
-
-@njit(nogil=True, cache=True)
-def units_of(heat, placement):
-    """Heat float32[experts, episodes] of one replica of each expert."""
-    counts = np.zeros(len(heat), np.float32)
-    for expert in placement.flat:
-        counts[expert] += np.float32(1)
-    units = np.empty_like(heat)
-    for expert in range(len(heat)):
-        units[expert] = heat[expert] / counts[expert]
-    return units
-
-
-@njit(nogil=True, cache=True)
-def loads_of(units, placement):
-    """Load float32[ranks, episodes]."""
-    loads = np.zeros((len(placement), units.shape[1]), np.float32)
-    for rank in range(len(placement)):
-        for expert in placement[rank]:
-            loads[rank] += units[expert]
-    return loads
-
-
-@njit(nogil=True, cache=True)
-def peak_of(loads):
-    """The highest load float32[episodes] of any rank."""
-    peak = loads[0].copy()
-    for rank in range(1, len(loads)):
-        for t in range(len(peak)):
-            if loads[rank, t] > peak[t]:
-                peak[t] = loads[rank, t]
-    return peak
+            a, b = placement[rank, chosen], placement[other, chosen_other]
+            moves = home[rank, a] + home[other, b] - home[other, a] - home[rank, b]
+            if moves > room or swap_gain(layer, rank, a, other, b) < price * moves:
+                continue
+            shift = (layer.mean[a] * layer.share[a] - layer.mean[b] * layer.share[b]) * episodes
+            swap(layer, rank, chosen, other, chosen_other)
+            load[rank] -= shift
+            load[other] += shift
+            room -= moves
+            done += 1
+    return done

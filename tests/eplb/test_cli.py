@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -6,6 +8,7 @@ from typer.testing import CliRunner
 from flash_eplb import __version__
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.config import Config
+from flash_eplb.ipc.doorbell import Doorbell
 from flash_eplb.ipc.liveness import owner_is_alive
 from flash_eplb.ipc.names import bell_name, planner_name, rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
@@ -32,6 +35,14 @@ sys.stdin.read()
 
 def eplb(*arguments):
     return CliRunner().invoke(app, arguments)
+
+
+def run_eplb(*arguments, **variables):
+    """The command in a process of its own, for it sets up logging; `variables` are its setting."""
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", *arguments]
+    return subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, timeout=50
+    )
 
 
 def test_config_shows_every_setting_with_its_value_and_source(environment):
@@ -74,6 +85,83 @@ def test_a_wrong_session_is_refused():
     result = eplb("status", "--session", "../x")
     assert result.exit_code == 2
     assert "EPLB_SESSION='../x': allowed is" in result.stderr
+
+
+def test_a_policy_that_is_not_there_ends_the_planner_before_it_attaches(session):
+    for command in (["planner", "--session", session], ["warmup"]):
+        found = run_eplb(*command, EPLB_POLICY="flashbl")
+        assert found.returncode == 2
+        assert found.stdout == ""
+        assert found.stderr.startswith("eplb: EPLB_POLICY='flashbl' names no policy; known are ")
+        assert len(found.stderr.splitlines()) == 1
+
+
+def test_config_says_that_a_policy_is_not_there(environment):
+    environment.setenv("EPLB_POLICY", "flashbl")
+    result = eplb("config")
+    assert result.exit_code == 0
+    assert result.stderr == "eplb: EPLB_POLICY='flashbl' names no policy: misspelt?\n"
+
+
+def python_path(folder):
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def install_policy(folder, code):
+    """A package in `folder` whose entry point `mine` is `Mine` of `code`."""
+    (folder / "mine.py").write_text(code)
+    info = folder / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[flash_eplb.policies]\nmine = mine:Mine\n")
+    return {"PYTHONPATH": python_path(folder), "EPLB_POLICY": "mine"}
+
+
+def test_a_policy_that_does_not_load_ends_the_planner_with_one_sentence(session, tmp_path):
+    found = run_eplb("planner", "--session", session, **install_policy(tmp_path, "import nothing_"))
+    assert found.returncode == 2
+    assert found.stderr == (
+        "eplb: EPLB_POLICY='mine': the entry point mine = mine:Mine of the package mine does not "
+        "load: ModuleNotFoundError: No module named 'nothing_'\n"
+    )
+
+
+def test_the_traceback_of_a_policy_is_there_for_its_author(session, tmp_path):
+    variables = install_policy(tmp_path, "import nothing_") | {"EPLB_LOG_LEVEL": "DEBUG"}
+    found = run_eplb("planner", "--session", session, **variables)
+    assert "mine.py" in found.stderr
+    assert "Traceback" in found.stderr
+
+
+def test_a_policy_that_cannot_be_made_for_the_engine_ends_the_planner(session, tmp_path):
+    code = "def Mine(ranks, slots, near): raise ValueError(f'{ranks} {slots} {near}: too few')"
+    shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
+    bell = Doorbell.create(bell_name(session))
+    ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(2)]
+    for rank in ranks:
+        rank.publish()
+    found = run_eplb("planner", "--session", session, **install_policy(tmp_path, code))
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1] == (
+        "eplb: EPLB_POLICY='mine' cannot be made for 2 ranks x 3 slots: ValueError: 2 3 2: too few"
+    )
+    assert "Traceback" not in found.stderr
+    assert not owner_is_alive(planner_name(session))
+    for rank in ranks:
+        rank.close()
+    bell.close()
+
+
+def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
+    # The planner ends at once, for the policy's warm-up fails.
+    code = "class Mine: ...\ndef warmup(): raise OSError('no cache')"
+    variables = install_policy(tmp_path, code)
+    found = run_eplb("planner", "--session", session, **variables, EPLB_MAX_MOVES="9")
+    assert found.returncode == 2
+    first, *_, last = found.stderr.splitlines()
+    assert first == "eplb: EPLB_MAX_MOVES does nothing with EPLB_POLICY=mine"
+    assert last.startswith("eplb: EPLB_POLICY='mine' cannot be used: mine.warmup() failed with ")
+    assert "MIN_GAIN" not in found.stderr
 
 
 def test_clean_removes_what_the_dead_left(session, start):

@@ -14,13 +14,17 @@ DEFAULTS = {
     "session": "default",
     "spawn_planner": False,
     "cpu_patches": False,
+    "policy": "flashlb",
     "episode_steps": 16,
     "window_episodes": 64,
     "min_episodes": 8,
     "plan_interval": 8,
-    "min_excess": 0.05,
-    "min_gain": 0.02,
+    "min_excess": 0.02,
+    "min_gain": 0.01,
     "max_moves": 0,
+    "max_layers": 0,
+    "effort": "balanced",
+    "planner_threads": 1,
     "staging_rows": 8,
     "vote_steps": 4,
     "plan_timeout_steps": 2000,
@@ -35,6 +39,8 @@ RANGES = {
     "min_episodes": (1, 1024),
     "plan_interval": (1, 4096),
     "max_moves": (0, 10**6),
+    "max_layers": (0, 10**6),
+    "planner_threads": (1, 256),
     "staging_rows": (1, 4096),
     "vote_steps": (1, 1024),
     "plan_timeout_steps": (1, 10**7),
@@ -122,6 +128,18 @@ def test_a_log_level_in_any_case(environment):
     (line,) = refusal()
     assert line.startswith("  EPLB_LOG_LEVEL=")
     assert line.lower().endswith("'loud': allowed is debug, info, warning or error")
+
+
+def test_a_policy_is_a_name_of_ours_or_of_an_entry_point(environment):
+    for value in ("swap", "one-swap", "My.Policy_2"):
+        environment.setenv("EPLB_POLICY", value)
+        assert load_config().policy == value
+    for value in ("", "?", "a b", "-a", "a:b", "a\n"):
+        environment.setenv("EPLB_POLICY", value)
+        assert refusal() == [
+            f"  EPLB_POLICY={value!r}: allowed is flashlb, static, random, deepseek, swap or the "
+            "name of an entry point of flash_eplb.policies"
+        ]
 
 
 def test_all_wrong_values_are_reported_together(environment):

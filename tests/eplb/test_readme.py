@@ -1,8 +1,22 @@
+import re
+import sys
 from pathlib import Path
 
+import numpy as np
+import tomllib
+
+from flash_eplb.eplb.cli import SETTINGS_OF
 from flash_eplb.eplb.config import Config
+from flash_eplb.planners.par import par
+from flash_eplb.planners.policy import BUILT_IN, GROUP, choose_policy, make_policy
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def table(heading):
+    """The cells of each row of the first table under a heading."""
+    rows = re.findall(r"^\|(.*)\|$", README.split(f"\n{heading}\n")[1].split("\n## ")[0], re.M)
+    return [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
 
 
 def test_the_table_of_settings_is_the_code_s():
@@ -13,4 +27,35 @@ def test_the_table_of_settings_is_the_code_s():
         elif isinstance(default, float):
             default = f"{default:g}"
         assert f"| `EPLB_{name.upper()}` | {default} | {field.description} |" in README
-    assert README.count("| `EPLB_") == len(Config.model_fields)
+    assert len(table("## Settings")) == len(Config.model_fields)
+
+
+def test_the_table_of_policies_names_ours_and_the_settings_that_they_take():
+    rows = {name.strip("`"): settings for name, _, settings in table("## Policies")}
+    assert rows.keys() == BUILT_IN.keys()
+    for name, settings in rows.items():
+        options = choose_policy(name).options & SETTINGS_OF.keys()
+        wanted = {SETTINGS_OF[option].upper() for option in options}
+        assert set(re.findall(r"`EPLB_(\w+)`", settings)) == wanted
+
+
+def test_the_policy_in_the_readme_works(tmp_path, monkeypatch):
+    code, project = (
+        re.search(rf"```{kind}\n(.*?)```", README, re.S)[1] for kind in ("python", "toml")
+    )
+    project = tomllib.loads(project)["project"]
+    (tmp_path / "my_policy.py").write_text(code)
+    info = tmp_path / "my_policy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1\n")
+    ((name, value),) = project["entry-points"][GROUP].items()
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {value}\n")
+    assert f"`EPLB_POLICY={name}`" in README
+    monkeypatch.syspath_prepend(str(tmp_path))
+    policy = make_policy(name, 2, 5, 2)
+    heat = np.array([[[1, 1, 90, 80, 70, 1, 1, 1]] * 2, [[0] * 8] * 2])
+    placement = (np.arange(20) % 10 % 8).reshape(2, 2, 5)
+    wanted = policy.plan(heat, placement)
+    assert (par(heat, wanted) < par(heat, placement) - 0.3).all()
+    assert (policy.plan(heat * 0, placement) == placement).all()
+    del sys.modules["my_policy"]

@@ -76,10 +76,10 @@ def assert_carries_out(plan, rounds, rows, experts):
 @settings(deadline=None, max_examples=300)
 def test_rounds_lead_through_valid_placements(change, rows, ranks_per_node):
     before, wanted, experts = change
-    plan = make_plan(before, wanted)
+    plan = make_plan(before, wanted, ranks_per_node=ranks_per_node)
     assert (plan.before == before).all()
     assert sets(plan.placement) == sets(wanted)
-    assert_carries_out(plan, plan.rounds(rows, ranks_per_node), rows, experts)
+    assert_carries_out(plan, plan.rounds(rows), rows, experts)
 
 
 @given(changes())
@@ -194,8 +194,11 @@ def test_no_rank_sends_everything():
 def test_sources_on_the_same_node_come_first():
     before = np.array([[[0, 1], [2, 3], [0, 4], [2, 5]]])
     wanted = np.array([[[0, 1], [2, 3], [0, 4], [0, 5]]])
-    assert make_plan(before, wanted).rounds(1, 2)[0].moves["source_rank"].tolist() == [2]
-    assert make_plan(before, wanted).rounds(1)[0].moves["source_rank"].tolist() == [0]
+    for near, source in ((None, 0), (1, 0), (2, 2), (4, 0)):
+        plan = make_plan(before, wanted, ranks_per_node=near)
+        assert plan.ranks_per_node == near
+        assert plan.rounds(1)[0].moves["source_rank"].tolist() == [source]
+        assert plan.moves["source_rank"].tolist() == [source]
 
 
 def test_a_plan_does_not_share_memory_with_its_arguments():
@@ -206,14 +209,25 @@ def test_a_plan_does_not_share_memory_with_its_arguments():
     assert_carries_out(plan, plan.rounds(1), 1, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((0,), "rows is 0; it must be at least 1"), ((1, 0), "ranks_per_node is 0; it must be")],
-)
-def test_rounds_without_rows_are_refused(arguments, message):
+@pytest.mark.parametrize("rows", [0, -1])
+def test_rounds_without_rows_are_refused(rows):
     plan = make_plan(np.array([[[0], [1]]]), np.array([[[1], [0]]]))
-    with pytest.raises(ValueError, match=message):
-        plan.rounds(*arguments)
+    with pytest.raises(ValueError, match=f"rows is {rows}; it must be at least 1"):
+        plan.rounds(rows)
+
+
+def test_nodes_without_ranks_are_refused():
+    before = np.array([[[0], [1]]])
+    with pytest.raises(ValueError, match="ranks_per_node is 0; it must be at least 1"):
+        make_plan(before, before, ranks_per_node=0)
+
+
+def test_routing_is_uniform_unless_it_is_planned():
+    before = np.array([[[0, 1], [2, 0]]] * 3)
+    plan = make_plan(before, before[:, ::-1])
+    assert plan.columns.dtype == np.int16
+    assert plan.columns.shape == before.shape
+    assert (plan.columns == 1).all()
 
 
 def test_placements_that_do_not_fit_are_refused():

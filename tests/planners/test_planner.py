@@ -16,7 +16,7 @@ from flash_eplb.ipc.names import planner_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.planners.engine_loop import Pace
-from flash_eplb.planners.greedy import Greedy
+from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.planner import Planner
 
 PACE = Pace(episode_steps=2, window_episodes=8, min_episodes=4, plan_interval=4, timeout_steps=1000)
@@ -39,7 +39,7 @@ def run(scenario, timeout=30.0):
 
 
 @contextlib.asynccontextmanager
-async def planning(session, policy=Greedy):
+async def planning(session, policy=FlashLB):
     """A planner that serves until the block ends."""
     planner = Planner(session, policy, PACE)
     task = asyncio.create_task(planner.run())
@@ -117,7 +117,7 @@ def test_a_refused_plan_is_given_up_and_a_later_one_sent(session, engine, caplog
 
 
 def test_a_policy_that_fails_costs_only_its_plan(session, engine, caplog):
-    class Failing(Greedy):
+    class Failing(FlashLB):
         calls = 0
 
         def plan(self, heat, placement, **options):
@@ -140,7 +140,7 @@ def test_a_second_planner_is_refused(session, engine):
         async with planning(session):
             await until(engine, lambda: engine.epoch >= 1)
             with pytest.raises(SegmentInUseError, match="belongs to the living process"):
-                await Planner(session, Greedy, PACE).run()
+                await Planner(session, FlashLB, PACE).run()
 
     run(scenario())
 
@@ -149,7 +149,7 @@ def test_it_leaves_with_the_engine_and_cleans_up_after_it(session):
     engine = FakeEngine(session)
 
     async def scenario():
-        planner = Planner(session, Greedy, PACE, exit_with_engine=True)
+        planner = Planner(session, FlashLB, PACE, exit_with_engine=True)
         task = asyncio.create_task(planner.run())
         await until(engine, lambda: engine.epoch >= 1)
         engine.close()

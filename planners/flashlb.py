@@ -1,0 +1,446 @@
+"""FlashLB: replica counts and placement searched together, over many episodes, layer by layer.
+
+The three ideas are those of the policy of that name in vLLM-Ascend: a joint search of counts and
+placement, many episodes at once, and plans only for the layers that are worth it. The search is
+ours: see `search.py`, `improve.py` and `place.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
+from .memory import Memory, is_alike
+from .par import episode_par
+from .plan import Plan, align_all, make_plan
+from .routing import weigh_layer
+from .search import Effort, Terms, measure, search_layers
+
+
+def _effort(deviations: tuple, slacks: tuple, **rest: Any) -> Effort:
+    return Effort(np.array(deviations, np.float32), np.array(slacks, np.float32), **rest)
+
+
+EFFORTS = {
+    "fast": _effort(
+        (0.67,),
+        (1, 1.3, 1.75),
+        starts=1,
+        checks=4,
+        partners=8,
+        sweeps=6,
+        least=1e-5,
+        episodes=64,
+        kicks=0,
+    ),
+    "balanced": _effort(
+        (0.3, 1.5),
+        (1, 1.15, 1.3, 1.5, 1.75),
+        starts=2,
+        checks=12,
+        partners=16,
+        sweeps=30,
+        least=5e-6,
+        episodes=128,
+        kicks=0,
+    ),
+    "thorough": _effort(
+        (0, 0.67, 1.5, 3),
+        (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2),
+        starts=4,
+        checks=32,
+        partners=1024,
+        sweeps=60,
+        least=2e-6,
+        episodes=1024,
+        kicks=4,
+    ),
+}
+"""What `effort` means."""
+
+SMALL = 64
+"""Slots up to which a layer is searched thoroughly at any effort: it takes no time."""
+
+SMALL_EFFORT = EFFORTS["thorough"]._replace(starts=16, kicks=400)
+
+EVERY_LAYER_PRICE = 0.001
+"""`move_price` of a plan for every layer: enough that nothing moves for nothing."""
+
+OPTIMISM = 4.0
+"""Times the excess on the window of a plan that the next window may show without surprise."""
+
+FIRST_SHARE = 1 / 3
+"""Share of the price of moves that a layer's first plan pays: it gains for long."""
+
+MOST_COLUMNS = 2**15 - 1
+"""What int16 holds."""
+
+PARTS = 8
+"""Layers whose plan does not fit `max_moves` that are searched again with what is left."""
+
+
+class _Window(NamedTuple):
+    """What a plan is made from.
+
+    Attributes:
+        tokens: float64[T, layers, E], the window.
+        past: float64[M, layers, E], what came before it.
+        worth: float32[M], weight of each of these, an episode of the window having weight 1.
+        alike: bool[layers], whether the past of a layer counts.
+        kept: bool[layers], whether a layer has the placement of its last plan.
+        today: int32[layers, R, S].
+    """
+
+    tokens: np.ndarray
+    past: np.ndarray
+    worth: np.ndarray
+    alike: np.ndarray
+    kept: np.ndarray
+    today: np.ndarray
+
+    def alone(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the window, and weights that are 1 in sum."""
+        count = len(self.tokens)
+        return self.tokens, np.full(count, 1 / max(1, count), np.float32)
+
+    def with_past(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the past and the window, and weights that are 1 in sum."""
+        weights = np.concatenate([self.worth, np.ones(len(self.tokens), np.float32)])
+        return np.concatenate([self.past, self.tokens]), weights / weights.sum()
+
+
+class _Offer(NamedTuple):
+    """A better placement int32[R, S] of one layer.
+
+    Its PAR on the window, what that gains, the moves it takes, and the PAR it can promise.
+    """
+
+    layer: int
+    placement: np.ndarray
+    par: float
+    gain: float
+    moves: int
+    promise: float
+
+
+class FlashLB:
+    """Plans the layers whose balance can be won back, and remembers what it promised.
+
+    A layer is planned if its PAR exceeds 1 by more than `min_excess`, unless it has the placement
+    of its last plan and keeps what that plan promised. The plan must win `min_gain`, and the price
+    of its moves, on the window; and a plan made from the older half of the window must win
+    `min_gain` on the newer half, beyond three standard errors, so that chance moves no weights.
+
+    What it remembers of a layer (earlier heat, the promise) counts only while that layer has the
+    placement that the last plan gave it.
+
+    Args:
+        ranks: EP ranks, at least 1.
+        slots_per_rank: slots of each layer on each rank, at least 1.
+        ranks_per_node: consecutive ranks that share a node, whose weights are taken first; None
+            if distance is of no matter.
+        effort: "fast", "balanced" or "thorough".
+        routing: "uniform", or "weighted" to plan how tokens divide among replicas.
+        max_columns: routing columns that an expert may have, from `ranks` to 32,767.
+        min_excess: PAR - 1 up to which a layer is left alone.
+        min_gain: least PAR a layer's plan must win.
+        move_price: PAR that moving all slots of a layer must win; fewer moves, in proportion.
+        tolerance: PAR above its promise, beyond two standard errors, at which a layer is planned
+            again.
+        half_life: episodes after which an episode before the window counts half; 0 forgets all.
+        max_moves: most moves in one plan; None for no limit.
+        max_layers: most layers in one plan; None for no limit.
+        threads: that layers are spread over; the plan does not depend on their number.
+
+    Raises:
+        ValueError: an argument is out of range; it names the argument, value and range.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        slots_per_rank: int,
+        ranks_per_node: int | None = None,
+        effort: str = "balanced",
+        *,
+        routing: str = "uniform",
+        max_columns: int = 1024,
+        min_excess: float = 0.02,
+        min_gain: float = 0.01,
+        move_price: float = 0.03,
+        tolerance: float = 0.02,
+        half_life: float = 64,
+        max_moves: int | None = None,
+        max_layers: int | None = None,
+        threads: int = 1,
+    ) -> None:
+        self.ranks = whole("ranks", ranks, 1)
+        self.slots_per_rank = whole("slots_per_rank", slots_per_rank, 1)
+        self.ranks_per_node = None
+        if ranks_per_node is not None:
+            self.ranks_per_node = whole("ranks_per_node", ranks_per_node, 1)
+        self.effort = one_of("effort", effort, tuple(EFFORTS))
+        self.routing = one_of("routing", routing, ("uniform", "weighted"))
+        self.max_columns = whole("max_columns", max_columns, self.ranks, MOST_COLUMNS)
+        self.min_excess = amount("min_excess", min_excess)
+        self.min_gain = amount("min_gain", min_gain)
+        self.move_price = amount("move_price", move_price)
+        self.tolerance = amount("tolerance", tolerance)
+        self.max_moves = None if max_moves is None else whole("max_moves", max_moves, 0)
+        self.max_layers = None if max_layers is None else whole("max_layers", max_layers, 0)
+        self.threads = whole("threads", threads, 1)
+        small = self.ranks * self.slots_per_rank <= SMALL
+        self._effort = SMALL_EFFORT if small else EFFORTS[self.effort]
+        self._memory = Memory(amount("half_life", half_life))
+        self._promised = np.empty(0)
+        self._untried = np.empty(0, np.bool_)
+        self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
+
+    def plan(
+        self,
+        heat: np.ndarray,
+        placement: np.ndarray,
+        every_layer: bool = False,
+        max_moves: int | None = None,
+    ) -> Plan:
+        """The plan for the heat of one window; an empty one if nothing is worth its moves.
+
+        Args:
+            heat: tokens[episodes, layers, experts], finite and not negative, any real dtype;
+                oldest episode first. It may overlap the window of the call before.
+            placement: int[layers, ranks, slots], today's placement.
+            every_layer: look at all layers, whatever was promised, and take what wins anything,
+                moves being all but free; `max_moves` and `max_layers` still hold.
+            max_moves: most moves in this plan, beside the limit of the object.
+
+        Raises:
+            ValueError: heat or placement is unfit; it names the argument, value and what is
+                allowed. A placement that loses or doubles an expert is a PlacementError.
+        """
+        tokens = tamed(checked_heat(heat))
+        today = checked_placement(placement, tokens, self.ranks, self.slots_per_rank)
+        room = today.size
+        for limit in (self.max_moves, max_moves):
+            room = room if limit is None else min(room, whole("max_moves", limit, 0))
+        kept = self._kept(today)
+        past, worth = self._memory.recall(tokens)
+        window = _Window(tokens, past, worth, kept & is_alike(past, tokens), kept, today)
+        before, error = self._measure(tokens, today)
+        due = np.flatnonzero(before > 1) if every_layer else self._due(before, error)
+        if not room or self.ranks == 1:
+            due = due[:0]
+        slots = self.ranks * self.slots_per_rank
+        near = not every_layer or room < slots or bool(kept.any())
+        terms = Terms(
+            price=(EVERY_LAYER_PRICE if every_layer else self.move_price) / slots,
+            most_moves=min(room, slots),
+            scratch=True,
+            today=near,
+            max_columns=self.max_columns if self.routing == "weighted" else 0,
+        )
+        offers = self._offers(window, before, due, terms)
+        if not every_layer:
+            offers = [offer for offer in offers if offer.gain >= self.min_gain]
+            offers = self._confirmed(window, offers, terms)
+        taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
+        self._promise(before, due, offers, taken, room < slots, every_layer)
+        return self._plan(window, before, taken)
+
+    def _plan(self, window: _Window, before: np.ndarray, taken: dict[int, _Offer]) -> Plan:
+        """The plan that carries out the offers `taken`; its placement is expected from now on."""
+        wanted, after = window.today.copy(), before.copy()
+        columns = np.ones(wanted.shape, np.int16)
+        for layer, offer in taken.items():
+            wanted[layer], after[layer] = offer.placement, offer.par
+        wanted = align_all(window.today, wanted)
+        if self.routing == "weighted":
+            self._weigh(window.tokens, wanted, columns, after)
+        self._planned = wanted.copy()
+        plan = make_plan(
+            window.today,
+            wanted,
+            par_before=before,
+            par_after=after,
+            ranks_per_node=self.ranks_per_node,
+        )
+        return replace(plan, columns=columns)
+
+    def _promise(
+        self,
+        before: np.ndarray,
+        due: np.ndarray,
+        offers: list[_Offer],
+        taken: dict[int, _Offer],
+        curbed: bool,
+        every_layer: bool,
+    ) -> None:
+        """Remember what the layers that were looked at can be expected to keep.
+
+        That is what they have, where nothing better was found; and nothing, where a limit stood
+        in the way of more.
+        """
+        self._promised[due] = before[due]
+        for offer in offers:
+            fits = taken.get(offer.layer) is offer and not curbed
+            self._promised[offer.layer] = offer.promise if fits else math.nan
+            self._untried[offer.layer] = every_layer
+
+    def _kept(self, today: np.ndarray) -> np.ndarray:
+        """Whether each layer has the placement that the last plan gave it; forgets the others."""
+        if self._planned.shape != today.shape:
+            self._planned = np.full_like(today, -1)
+            self._promised = np.full(len(today), np.nan)
+            self._untried = np.zeros(len(today), np.bool_)
+        kept = (self._planned == today).all(axis=(1, 2))
+        self._promised[~kept] = np.nan
+        return kept
+
+    def _due(self, before: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """The layers with an excess and without a promise kept.
+
+        What was promised from the window of the plan itself is too good to be kept: what the next
+        window shows takes its place, unless that is far worse.
+        """
+        limit = 1 + OPTIMISM * (self._promised - 1) + self.tolerance + 2 * error
+        first = self._untried & (before <= limit)
+        self._promised[first] = np.maximum(self._promised, before)[first]
+        self._untried[:] = False
+        kept = before <= self._promised + self.tolerance + 2 * error
+        return np.flatnonzero((before > 1 + self.min_excess) & ~kept)
+
+    def _offers(
+        self, window: _Window, before: np.ndarray, layers: np.ndarray, terms: Terms
+    ) -> list[_Offer]:
+        """For each of `layers` what pays for its moves, best gain per move first."""
+        found, moves = self._find(window, layers, terms)
+        after, _ = self._measure(window.tokens, found, layers)
+        gains = before[layers] - after
+        prices = np.where(window.kept[layers], 1, FIRST_SHARE) * terms.price
+        pays = np.flatnonzero((moves > 0) & (gains > prices * moves))
+        order = pays[np.argsort(-gains[pays] / moves[pays], kind="stable")]
+        return [
+            _Offer(
+                layer=int(layers[i]),
+                placement=found[i],
+                par=float(after[i]),
+                gain=float(gains[i]),
+                moves=int(moves[i]),
+                promise=float(after[i]),
+            )
+            for i in order
+        ]
+
+    def _confirmed(self, window: _Window, offers: list[_Offer], terms: Terms) -> list[_Offer]:
+        """The offers that chance does not explain, with what they can promise.
+
+        A plan from the older half of the window must win min_gain on the newer half, beyond three
+        standard errors; its PAR there is what may be expected.
+        """
+        half = len(window.tokens) // 2
+        layers = np.array([offer.layer for offer in offers], np.int64)
+        older, newer = window.tokens[:half, layers], window.tokens[half:, layers]
+        if not older.any() or not newer.any():
+            return offers
+        found, _ = self._find(window._replace(tokens=window.tokens[:half]), layers, terms)
+        ratios = episode_par(newer, found)
+        gains = episode_par(newer, window.today[layers]) - ratios
+        sure = gains.mean(axis=0) - 3 * gains.std(axis=0) / math.sqrt(len(gains)) >= self.min_gain
+        unseen = ratios.mean(axis=0)
+        return [
+            offer._replace(promise=max(offer.par, float(unseen[i])))
+            for i, offer in enumerate(offers)
+            if sure[i]
+        ]
+
+    def _fitting(
+        self, window: _Window, before: np.ndarray, offers: list[_Offer], terms: Terms, room: int
+    ) -> Iterator[_Offer]:
+        """The offers that fit `room` moves and max_layers, and parts of some that do not fit."""
+        layers, tries = 0, PARTS
+        for offer in offers:
+            parts = [offer]
+            if offer.moves > room:
+                near = terms._replace(most_moves=room, scratch=False, today=True)
+                chosen = np.array([offer.layer] if room and tries else [], np.int64)
+                parts = self._offers(window, before, chosen, near)
+                tries -= 1
+            for part in parts:
+                if layers == self.max_layers:
+                    return
+                room -= part.moves
+                layers += 1
+                yield part
+
+    def _find(
+        self, window: _Window, layers: np.ndarray, terms: Terms
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
+        found = np.empty((len(layers), self.ranks, self.slots_per_rank), np.int32)
+        moves = np.empty(len(layers), np.int64)
+        for kept, alike in product((False, True), repeat=2):
+            mine = (window.kept[layers] == kept) & (window.alike[layers] == alike)
+            heat, weights = window.with_past() if alike else window.alone()
+            price = terms.price * (1 if kept else FIRST_SHARE)
+            search = partial(search_layers, heat, weights, window.today)
+            rest = (self._effort, terms._replace(price=price))
+
+            def work(part: np.ndarray, search=search, rest=rest) -> None:
+                found[part], moves[part] = search(layers[part], *rest)
+
+            self._spread(work, np.flatnonzero(mine))
+        return found, moves
+
+    def _measure(
+        self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None."""
+        layers = np.arange(tokens.shape[1]) if layers is None else layers
+        par = np.empty((2, len(layers)))
+
+        def work(part: np.ndarray) -> None:
+            par[:, part] = measure(tokens, placement[part], layers[part])
+
+        self._spread(work, np.arange(len(layers)))
+        return par
+
+    def _spread(self, work: Callable[[np.ndarray], None], rows: np.ndarray) -> None:
+        """Call `work` on parts of `rows`, in as many threads as there are; kernels free the GIL."""
+        parts = [rows[i :: self.threads] for i in range(min(self.threads, len(rows)))]
+        if len(parts) < 2:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(work, parts))
+
+    def _weigh(
+        self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray, par: np.ndarray
+    ) -> None:
+        """Fill `columns`, and set `par` to what they reach."""
+
+        def work(part: np.ndarray) -> None:
+            for layer in part:
+                par[layer] = weigh_layer(
+                    tokens, layer, placement[layer], self.max_columns, columns[layer]
+                )
+
+        self._spread(work, np.arange(len(par)))
+
+
+def warmup() -> None:
+    """Compile, or load from the cache, every kernel that planning and cutting rounds needs."""
+    tokens = np.array([[[9, 5, 1, 1]], [[8, 5, 2, 1]]] * 4)
+    placement = np.array([[[0, 1, 2], [2, 3, 0]]])
+    for threads in (1, 2):
+        planner = FlashLB(2, 3, effort="thorough", routing="weighted", threads=threads)
+        planner.plan(tokens, placement, every_layer=True)
+    FlashLB(2, 3, min_excess=0).plan(tokens, placement)
+    make_plan(placement, placement[:, ::-1]).rounds(1)

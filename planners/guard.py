@@ -1,0 +1,126 @@
+"""Between the planner and its policy: nothing that a policy does or returns can do harm."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..ipc.placement import check_placement
+from .par import episode_par
+from .plan import Plan, PlannedRound, make_plan
+from .policy import Policy
+
+log = logging.getLogger("flash_eplb.planner")
+
+
+class Proposal(NamedTuple):
+    """A checked plan and its rounds; none of them if the plan changes nothing."""
+
+    plan: Plan
+    rounds: list[PlannedRound]
+
+
+class Guard:
+    """Calls a policy, checks what it returns, and says once what is wrong with it.
+
+    Args:
+        policy: ours or a user's.
+        rows: staging rows per rank that a round may fill.
+    """
+
+    def __init__(self, policy: Policy, rows: int):
+        self._policy = policy
+        self._rows = rows
+        self._said: set[tuple] = set()
+
+    def propose(self, heat: np.ndarray, placement: np.ndarray) -> Proposal | None:
+        """What the policy plans; None if it failed or its plan is not valid, which is logged.
+
+        A reason, that is the lines of code that led to it, is logged as an error once and from
+        then on only for debugging.
+
+        Args:
+            heat: tokens[episodes, layers, experts].
+            placement: int32[layers, ranks, slots], today's; the policy gets copies of both.
+        """
+        try:
+            found = self._policy.plan(heat.copy(), placement.copy())
+        except (Exception, SystemExit) as error:  # a policy that fails costs balance only
+            text = "the policy failed; experts stay where they are until the next plan"
+            log.log(self._level(error), text, exc_info=True)
+            return None
+        try:
+            plan = checked_plan(found, heat, placement)
+            return Proposal(plan, plan.rounds(self._rows))
+        except (Exception, SystemExit) as error:
+            text = "what the policy returned is refused, experts stay where they are: %s"
+            log.log(self._level(error), text, error)
+            return None
+
+    def _level(self, error: BaseException) -> int:
+        lines = traceback.walk_tb(error.__traceback__)
+        reason = (type(error), *((frame.f_code, line) for frame, line in lines))
+        if reason in self._said:
+            return logging.DEBUG
+        self._said.add(reason)
+        return logging.ERROR
+
+
+def checked_plan(found: Any, heat: np.ndarray, placement: np.ndarray) -> Plan:
+    """A plan that leads from `placement` to what a policy wants, whatever form that has.
+
+    A plan as `make_plan` makes it is returned as it is. Of any other only the placement counts:
+    the plan is made anew, and its PAR measured.
+
+    Args:
+        found: a Plan, or int[layers, ranks, slots].
+        heat: tokens[episodes, layers, experts], what the policy was given.
+        placement: int32[layers, ranks, slots], the same.
+
+    Raises:
+        ValueError: `found` is neither, or of another shape, or no valid placement.
+    """
+    wanted = np.asarray(found.placement if isinstance(found, Plan) else found)
+    if wanted.dtype.kind not in "iu":
+        raise ValueError(
+            f"it is of type {type(found).__name__} and holds {wanted.dtype}; it must be a Plan or "
+            "an int array [layers, ranks, slots]"
+        )
+    if wanted.shape != placement.shape:
+        raise ValueError(
+            f"its placement has shape {wanted.shape}; it must be {placement.shape}, "
+            "[layers, ranks, slots]"
+        )
+    check_placement(wanted, heat.shape[2])
+    plan = make_plan(placement, wanted)
+    if isinstance(found, Plan) and _is_sound(found, plan):
+        return found
+    before, after = (episode_par(heat, slots).mean(axis=0) for slots in (placement, wanted))
+    return make_plan(placement, wanted, par_before=before, par_after=after)
+
+
+def _is_sound(found: Plan, made: Plan) -> bool:
+    """Whether `found` is what `make_plan` gave for the same change, but for PAR, order, columns."""
+    for name in ("before", "placement", "layers", "par_before", "par_after", "columns"):
+        one, two = np.asarray(getattr(found, name)), getattr(made, name)
+        if one.dtype != two.dtype or one.shape != two.shape or not one.flags.c_contiguous:
+            return False
+    near = found.ranks_per_node
+    return (
+        np.array_equal(found.before, made.before)
+        and np.array_equal(found.placement, made.placement)
+        and np.array_equal(np.sort(found.layers), np.sort(made.layers))
+        and bool((found.columns > 0).all())
+        and (near is None or (isinstance(near, int) and near > 0))
+    )
+
+
+def warmup() -> None:
+    """Compile, or load from the cache, every kernel that checking and cutting rounds needs."""
+    heat = np.array([[[9, 5, 1, 1]]])
+    placement = np.array([[[0, 1, 2], [2, 3, 0]]], np.int32)
+    plan = checked_plan(placement[:, ::-1], heat, placement)
+    plan.rounds(1)

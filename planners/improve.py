@@ -1,0 +1,164 @@
+"""Local search on one layer: swaps and changes of replica counts, each checked by its exact gain.
+
+An estimate sorts the candidates; the exact gain of the best few decides.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .estimate import enter, harm_of, measure_all, measure_rank
+from .layer import FAST, HARM_LEVELS, moved, replace, replace_gain
+from .swaps import even_out, new_desk, swap_one
+
+REPLACES = 2
+"""Changes of replica counts before each sweep of swaps."""
+
+HOT = 16
+"""Experts that are considered for one more replica: those it would relieve most."""
+
+WORTHWHILE = 8
+"""Least steps that a rank's margin over the next one must be worth; a swap wins part of it."""
+
+_NONE = -(2**30)
+
+
+@njit(**FAST)
+def improve(layer, price, most_moves, checks, partners, sweeps, least):
+    """Sweep over the ranks until nothing gains.
+
+    Args:
+        layer: changed in place.
+        price: PAR that one slot away from home must win.
+        most_moves: slots that may be away from home; what has more at the start keeps them.
+        checks: candidates evaluated exactly at each step.
+        partners: ranks, those with most room, that a rank may swap with.
+        sweeps: most passes over the ranks.
+        least: PAR that a step must win on top of its price.
+    """
+    ranks = len(layer.placement)
+    level = np.float32(0.5 / (HARM_LEVELS - 1)) * (layer.mean * layer.share).max()
+    if ranks < 2 or level <= 0:
+        return
+    stuck = np.zeros(ranks, np.bool_)
+    room = most_moves - moved(layer)
+    bins = np.empty((2, HARM_LEVELS), np.float32)
+    desk = new_desk(layer, partners, checks)
+    swaps = 0
+    for _ in range(sweeps):
+        measure_all(layer, level, bins)
+        steps = 0
+        for _ in range(REPLACES if swaps == 0 else 0):
+            spent = _replace_one(layer, level, price, room, checks, least)
+            if spent == _NONE:
+                break
+            room -= spent
+            steps += 1
+            stuck[:] = False
+            measure_all(layer, level, bins)
+        others = np.argsort(layer.harm[:, HARM_LEVELS // 2])[:partners]
+        swaps = 0
+        for rank in _by_margin(layer, WORTHWHILE * least):
+            if stuck[rank]:
+                continue
+            other, spent = swap_one(layer, rank, others, level, price, room, desk, least)
+            stuck[rank] = other < 0
+            if other >= 0:
+                room -= spent
+                swaps += 1
+                stuck[other] = False
+                measure_rank(layer, rank, level, bins)
+                measure_rank(layer, other, level, bins)
+        if steps + swaps == 0:
+            if even_out(layer, price, room) == 0:
+                return
+            room = most_moves - moved(layer)
+
+
+@njit(**FAST)
+def _by_margin(layer, least):
+    """The ranks with more than `least` margin over the next rank, the one with most first."""
+    margin = np.zeros(len(layer.placement), np.float32)
+    for t in range(layer.heat.shape[1]):
+        margin[layer.at[0, t]] += layer.top[0, t] - layer.top[1, t]
+    return np.argsort(-margin)[: (margin > least).sum()]
+
+
+@njit(**FAST)
+def _replace_one(layer, level, price, room, checks, least):
+    """Carry out the best replacement of a spare replica: the moves spent, or _NONE."""
+    placement, held, home = layer.placement, layer.held, layer.home
+    counts, share, mean = layer.counts, layer.share, layer.mean
+    ranks, slots = placement.shape
+    per_level = np.float32(1) / level
+    saved = _saved(layer)
+    hurt = np.zeros(len(counts), np.float32)  # by a lost replica, on all ranks that hold one
+    own = np.zeros((ranks, slots), np.float32)
+    for rank in range(ranks):
+        for slot in range(slots):
+            a = placement[rank, slot]
+            if counts[a] > 1:
+                own[rank, slot] = harm_of(
+                    layer, rank, mean[a] * share[a] / (counts[a] - 1), per_level
+                )
+                hurt[a] += own[rank, slot]
+    gains = np.empty(checks, np.float32)
+    steps = np.empty((checks, 3), np.int32)
+    filled, bar = 0, np.float32(least)
+    for b in _hottest(saved, bar):
+        if saved[b] <= bar:
+            break
+        unit = mean[b] / (counts[b] + 1)
+        for rank in range(ranks):
+            if held[rank, b]:
+                continue
+            for slot in range(slots):
+                a = placement[rank, slot]
+                if counts[a] < 2:
+                    continue
+                moves = home[rank, a] - home[rank, b]
+                gain = saved[b] - hurt[a] + own[rank, slot] - price * moves
+                if gain <= bar or moves > room:
+                    continue
+                shift = unit - mean[a] * share[a]
+                if shift > 0:
+                    gain -= harm_of(layer, rank, shift, per_level)
+                if gain > bar:
+                    filled = enter(gains, steps, filled, gain, rank, slot, b)
+                    if filled == checks:
+                        bar = gains[checks - 1]
+    best, chosen, spent = np.float32(least), -1, _NONE
+    for i in range(filled):
+        rank, slot, b = steps[i]
+        a = placement[rank, slot]
+        moves = home[rank, a] - home[rank, b]
+        gain = replace_gain(layer, rank, a, b) - price * moves
+        if gain > best:
+            best, chosen, spent = gain, i, moves
+    if chosen >= 0:
+        rank, slot, b = steps[chosen]
+        replace(layer, rank, slot, b)
+    return spent
+
+
+@njit(**FAST)
+def _hottest(saved, bar):
+    """The experts, HOT at most, that save more than `bar`, the one that saves most first."""
+    worth = np.flatnonzero(saved > bar)
+    return worth[np.argsort(-saved[worth])[:HOT]]
+
+
+@njit(**FAST)
+def _saved(layer):
+    """float32[E]: what one more replica of an expert wins on the ranks that are the peak."""
+    counts, top, at = layer.counts, layer.top, layer.at
+    saved = np.zeros(len(counts), np.float32)
+    for t in range(layer.heat.shape[1]):
+        for expert in layer.placement[at[0, t]]:
+            if counts[expert] < len(layer.placement):
+                less = layer.heat[expert, t] * layer.share[expert] / (counts[expert] + 1)
+                next_too = at[1, t] >= 0 and layer.held[at[1, t], expert]
+                margin = top[0, t] - (top[2, t] if next_too else top[1, t])
+                saved[expert] += less if less < margin else margin
+    return saved

@@ -1,0 +1,280 @@
+"""One layer under search: heat, placement and loads, and what an exchange of experts would win.
+
+Heat is scaled so that the PAR of a placement is the sum over episodes of the highest load of any
+rank (`heat.scaled_heat`). All gains are differences of that sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+FAST = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
+"""How kernels of the search are compiled; heat is finite, so fastmath changes only rounding."""
+
+
+class Layer(NamedTuple):
+    """The arrays of one layer's search; E experts, T episodes, R ranks, S slots.
+
+    Attributes:
+        heat: float32[E, T], scaled.
+        by_episode: float32[T, E], the same.
+        coarse: float32[E, Q], heat summed over Q stretches of episodes.
+        mean: float32[E], heat of an average episode.
+        counts: int32[E], replicas of each expert.
+        share: float32[E], 1 / counts.
+        placement: int32[R, S].
+        held: int8[R, E], 1 where a rank holds an expert.
+        home: int8[R, E], 1 where a rank holds it today.
+        loads: float32[R, T].
+        top: float32[3, T], the three highest loads of each episode.
+        at: int32[3, T], the ranks that bear them.
+        harm: float32[R, HARM_LEVELS], see `estimate.measure_rank`.
+        head: float32[R, Q], mean room under the highest load in each stretch.
+    """
+
+    heat: np.ndarray
+    by_episode: np.ndarray
+    coarse: np.ndarray
+    mean: np.ndarray
+    counts: np.ndarray
+    share: np.ndarray
+    placement: np.ndarray
+    held: np.ndarray
+    home: np.ndarray
+    loads: np.ndarray
+    top: np.ndarray
+    at: np.ndarray
+    harm: np.ndarray
+    head: np.ndarray
+
+
+HARM_LEVELS = 16
+"""Amounts of heat for which the harm to a rank is known."""
+
+STRETCHES = 16
+"""Stretches of episodes for which the room of a rank is known."""
+
+BLOCK = 16
+"""Floats in a cache line."""
+
+
+@njit(**FAST)
+def merge(heat, most):
+    """float32[E, Q], float32[E, T] summed over Q <= `most` stretches of `width(T, Q)` episodes."""
+    experts, episodes = heat.shape
+    long = width(episodes, most)
+    stretches = width(episodes, long)
+    merged = np.zeros((experts, stretches), np.float32)
+    for q in range(stretches):
+        for expert in range(experts):
+            for t in range(q * long, min((q + 1) * long, episodes)):
+                merged[expert, q] += heat[expert, t]
+    return merged
+
+
+@njit(**FAST)
+def width(episodes, stretches):
+    """Episodes in a stretch, if there are to be at most `stretches`."""
+    return -(-episodes // stretches)
+
+
+@njit(**FAST)
+def new_layer(by_episode, home, ranks, slots):
+    """A layer without a placement: `settle` gives it one.
+
+    Args:
+        by_episode: float32[T, E], scaled.
+        home: int8[R, E], 1 where a rank holds an expert today.
+        ranks, slots: shape of the placement.
+    """
+    episodes, experts = by_episode.shape
+    heat = _transposed(by_episode)
+    coarse = merge(heat, STRETCHES)
+    mean = np.empty(experts, np.float32)
+    for expert in range(experts):
+        mean[expert] = coarse[expert].sum() / episodes
+    return Layer(
+        heat,
+        by_episode,
+        coarse,
+        mean,
+        np.empty(experts, np.int32),
+        np.empty(experts, np.float32),
+        np.empty((ranks, slots), np.int32),
+        np.empty((ranks, experts), np.int8),
+        home,
+        np.empty((ranks, episodes), np.float32),
+        np.empty((3, episodes), np.float32),
+        np.empty((3, episodes), np.int32),
+        np.empty((ranks, HARM_LEVELS), np.float32),
+        np.empty((ranks, coarse.shape[1]), np.float32),
+    )
+
+
+@njit(**FAST)
+def _transposed(values):
+    """A copy of float32[m, n] as [n, m], made in blocks that stay in the cache."""
+    rows, columns = values.shape
+    out = np.empty((columns, rows), np.float32)
+    for first in range(0, columns, BLOCK):
+        for row in range(rows):
+            for column in range(first, min(first + BLOCK, columns)):
+                out[column, row] = values[row, column]
+    return out
+
+
+@njit(**FAST)
+def settle(layer, placement):
+    """Begin from `placement` (int32[R, S], valid)."""
+    layer.placement[:] = placement
+    layer.counts[:] = 0
+    layer.held[:] = 0
+    for rank in range(len(placement)):
+        for expert in placement[rank]:
+            layer.counts[expert] += 1
+            layer.held[rank, expert] = 1
+    for expert in range(len(layer.counts)):
+        layer.share[expert] = np.float32(1) / layer.counts[expert]
+    sum_loads(layer)
+
+
+@njit(**FAST)
+def sum_loads(layer):
+    """Loads and highest loads from the placement."""
+    layer.loads[:] = 0
+    for rank in range(len(layer.placement)):
+        for expert in layer.placement[rank]:
+            for t in range(layer.loads.shape[1]):
+                layer.loads[rank, t] += layer.heat[expert, t] * layer.share[expert]
+    for t in range(layer.loads.shape[1]):
+        rank_highest(layer, t)
+
+
+@njit(**FAST)
+def rank_highest(layer, t):
+    """The three highest loads of episode `t`."""
+    loads = layer.loads
+    first = second = third = np.float32(-1)
+    at_first = at_second = at_third = -1
+    for rank in range(len(loads)):
+        load = loads[rank, t]
+        if load <= third:
+            continue
+        if load > first:
+            third, at_third, second, at_second = second, at_second, first, at_first
+            first, at_first = load, rank
+        elif load > second:
+            third, at_third, second, at_second = second, at_second, load, rank
+        else:
+            third, at_third = load, rank
+    layer.top[0, t], layer.top[1, t], layer.top[2, t] = first, second, third
+    layer.at[0, t], layer.at[1, t], layer.at[2, t] = at_first, at_second, at_third
+
+
+@njit(**FAST)
+def peak(layer):
+    """PAR of the layer's placement on its heat, without episodes that have none."""
+    return layer.top[0].sum()
+
+
+@njit(**FAST)
+def swap_gain(layer, rank, expert, other, other_expert):
+    """What it wins if `expert` on `rank` and `other_expert` on `other` change places."""
+    heat, loads, top, at = layer.heat, layer.loads, layer.top, layer.at
+    share, other_share = layer.share[expert], layer.share[other_expert]
+    gain = np.float32(0)
+    for t in range(heat.shape[1]):
+        shift = heat[expert, t] * share - heat[other_expert, t] * other_share
+        here, there = loads[rank, t] - shift, loads[other, t] + shift
+        high = here if here > there else there
+        rest = top[1, t] if (at[1, t] != rank) & (at[1, t] != other) else top[2, t]
+        rest = top[0, t] if (at[0, t] != rank) & (at[0, t] != other) else rest
+        gain += top[0, t] - (high if high > rest else rest)
+    return gain
+
+
+@njit(**FAST)
+def swap(layer, rank, slot, other, other_slot):
+    """Let the experts of two slots on different ranks change places."""
+    expert, other_expert = layer.placement[rank, slot], layer.placement[other, other_slot]
+    layer.placement[rank, slot], layer.placement[other, other_slot] = other_expert, expert
+    layer.held[rank, expert] = layer.held[other, other_expert] = 0
+    layer.held[rank, other_expert] = layer.held[other, expert] = 1
+    share, other_share = layer.share[expert], layer.share[other_expert]
+    for t in range(layer.heat.shape[1]):
+        shift = layer.heat[expert, t] * share - layer.heat[other_expert, t] * other_share
+        layer.loads[rank, t] -= shift
+        layer.loads[other, t] += shift
+    top, at = layer.top, layer.at
+    for t in range(layer.heat.shape[1]):
+        among = (at[0, t] == rank) | (at[1, t] == rank) | (at[2, t] == rank)
+        among |= (at[0, t] == other) | (at[1, t] == other) | (at[2, t] == other)
+        above = (layer.loads[rank, t] > top[2, t]) | (layer.loads[other, t] > top[2, t])
+        if among | above:
+            rank_highest(layer, t)
+
+
+@njit(**FAST)
+def replace_gain(layer, rank, leaving, arriving):
+    """What it wins if a replica of `leaving` on `rank` gives way to one more of `arriving`."""
+    heat, loads = layer.heat, layer.loads
+    ranks, episodes = loads.shape
+    rise, fall, own = _new_shares(layer, leaving, arriving)
+    high = np.full(episodes, -1, np.float32)
+    for other in range(ranks):
+        more = rise if layer.held[other, leaving] else np.float32(0)
+        less = fall if layer.held[other, arriving] else np.float32(0)
+        if other == rank:
+            more, less = -layer.share[leaving], -own
+        for t in range(episodes):
+            load = loads[other, t] + heat[leaving, t] * more - heat[arriving, t] * less
+            high[t] = load if load > high[t] else high[t]
+    gain = np.float32(0)
+    for t in range(episodes):
+        gain += layer.top[0, t] - high[t]
+    return gain
+
+
+@njit(**FAST)
+def replace(layer, rank, slot, arriving):
+    """Let a replica of an expert that has others give way to one more of `arriving`."""
+    heat, loads = layer.heat, layer.loads
+    leaving = layer.placement[rank, slot]
+    rise, fall, own = _new_shares(layer, leaving, arriving)
+    for other in range(len(loads)):
+        more = rise if layer.held[other, leaving] else np.float32(0)
+        less = fall if layer.held[other, arriving] else np.float32(0)
+        if other == rank:
+            more, less = -layer.share[leaving], -own
+        if more != 0 or less != 0:
+            for t in range(loads.shape[1]):
+                loads[other, t] += heat[leaving, t] * more - heat[arriving, t] * less
+    layer.placement[rank, slot] = arriving
+    layer.held[rank, leaving], layer.held[rank, arriving] = 0, 1
+    layer.counts[leaving] -= 1
+    layer.counts[arriving] += 1
+    for expert in (leaving, arriving):
+        layer.share[expert] = np.float32(1) / layer.counts[expert]
+    for t in range(loads.shape[1]):
+        rank_highest(layer, t)
+
+
+@njit(**FAST)
+def _new_shares(layer, leaving, arriving):
+    """How much the share of `leaving` rises and of `arriving` falls, and the latter's new one."""
+    rise = np.float32(1) / (layer.counts[leaving] - 1) - layer.share[leaving]
+    own = np.float32(1) / (layer.counts[arriving] + 1)
+    return np.float32(rise), np.float32(layer.share[arriving] - own), np.float32(own)
+
+
+@njit(**FAST)
+def moved(layer):
+    """Slots whose expert is not on the rank today."""
+    count = 0
+    for rank in range(len(layer.placement)):
+        for expert in layer.placement[rank]:
+            count += 1 - layer.home[rank, expert]
+    return count

@@ -1,0 +1,99 @@
+"""Episodes from before the window: what they were, and how much each still counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MERGED = 4
+"""Earlier episodes that are summed to one: older heat is needed less exactly."""
+
+LEAST_WEIGHT = 0.25
+"""Weight below which an episode is forgotten."""
+
+
+FAR = 2.0
+"""Times that the past may be further from the window than its halves are from one another."""
+
+STIR = 0.05
+"""Share of the tokens that may always go to other experts than in the past."""
+
+
+class Memory:
+    """The heat of earlier windows, each episode of half the weight of one `half_life` later.
+
+    Windows may overlap: episodes that two windows share are counted once.
+
+    Args:
+        half_life: in episodes; 0 remembers nothing.
+    """
+
+    def __init__(self, half_life: float):
+        self._half_life = half_life
+        self._past = np.empty((0, 0, 0))
+        self._window = np.empty((0, 0, 0))
+
+    def recall(self, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What came before `window`, which is remembered from now on.
+
+        Args:
+            window: float64[episodes, layers, experts], oldest first.
+
+        Returns:
+            (tokens float64[n, layers, experts], weight of each float32[n]), an episode of the
+            window having weight 1.
+        """
+        if not self._half_life:
+            return window[:0], np.empty(0, np.float32)
+        if self._window.shape[1:] != window.shape[1:]:
+            self._past = self._window = window[:0]
+        gone = self._window[: len(self._window) - _shared(self._window, window)]
+        kept = int(np.ceil(self._half_life * -np.log2(LEAST_WEIGHT) / MERGED)) * MERGED
+        self._past = np.concatenate([self._past, gone])[-kept:]
+        self._window = window
+        count = len(self._past) // MERGED
+        if not count:
+            return window[:0], np.empty(0, np.float32)
+        recent = self._past[len(self._past) - count * MERGED :]
+        tokens = recent.reshape(count, MERGED, *window.shape[1:]).sum(axis=1)
+        age = MERGED * (np.arange(count, 0, -1) - 0.5)
+        return tokens, (MERGED * 2.0 ** (-age / self._half_life)).astype(np.float32)
+
+
+def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Whether the heat of each layer is still what it was, bool[layers].
+
+    It is not if its mean over the window has moved away from that of the past by much more than
+    within the window: then plans are better made without the past.
+
+    Args:
+        past: float64[n, layers, experts], of `Memory.recall`.
+        window: float64[episodes, layers, experts].
+    """
+    if not len(past):
+        return np.zeros(window.shape[1], np.bool_)
+    half = len(window) // 2
+    now = _popularity(window)
+    within = _apart(_popularity(window[:half]), _popularity(window[half:])) if half else 0.0
+    return _apart(_popularity(past), now) <= FAR * within + STIR
+
+
+def _popularity(heat: np.ndarray) -> np.ndarray:
+    """Each expert's share of the tokens, float64[layers, experts]."""
+    tokens = heat.sum(axis=0)
+    return tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1e-300)
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Share of the tokens that goes elsewhere, float64[layers]."""
+    return np.abs(one - other).sum(axis=1) / 2
+
+
+def _shared(before: np.ndarray, window: np.ndarray) -> int:
+    """How many of the last episodes of `before` are the first ones of `window`."""
+    for count in range(min(len(before), len(window)), 0, -1):
+        first = len(before) - count
+        if np.array_equal(before[first], window[0]) and np.array_equal(
+            before[first:], window[:count]
+        ):
+            return count
+    return 0

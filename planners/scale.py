@@ -1,0 +1,142 @@
+"""Heat as the search reads it: scaled so that loads are PAR, bursts counted at half."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .layer import FAST, width
+
+BURST = 4.0
+"""Mean deviations over its mean from which an expert's heat counts as a burst."""
+
+BURST_SHARE = 0.5
+"""Share of a burst that is planned for: it seldom comes again, yet experts that burst once do."""
+
+FEWEST = 8
+"""Episodes from which on one can tell a burst."""
+
+
+@njit(**FAST)
+def scale_heat(heat, layer, ranks):
+    """Heat of one layer, each episode scaled to `ranks` in sum: peak loads are PAR then.
+
+    Args:
+        heat: float64[T, layers, E], tokens.
+        layer: index.
+        ranks: EP ranks.
+
+    Returns:
+        (float32[T, E], zero in episodes without tokens; how many of these there are).
+    """
+    episodes, _, experts = heat.shape
+    scaled = np.zeros((episodes, experts), np.float32)
+    idle = 0
+    for t in range(episodes):
+        tokens = heat[t, layer]
+        most = 0.0
+        for expert in range(experts):
+            most = tokens[expert] if tokens[expert] > most else most
+        if most <= 0:
+            idle += 1
+            continue
+        scale = min(1.0 / most, 1e300)  # the sum of the tokens themselves may overflow
+        total = 0.0
+        for expert in range(experts):
+            total += tokens[expert] * scale
+        factor = ranks / total
+        for expert in range(experts):
+            scaled[t, expert] = tokens[expert] * scale * factor
+    return scaled, idle
+
+
+@njit(**FAST)
+def without_bursts(scaled, weights):
+    """float32[T, E], `scaled` with bursts counted BURST_SHARE; the sum of episode t is weights[t].
+
+    A burst is what exceeds the mean by BURST mean deviations, both taken without what exceeds
+    twice the plain mean. Sums are in units of those of `scaled`.
+    """
+    episodes, experts = scaled.shape
+    heat = scaled.copy()
+    limit = _burst_limits(scaled)
+    for t in range(episodes):
+        before = after = np.float32(0)
+        for expert in range(experts):
+            over = scaled[t, expert] - limit[expert]
+            over = over if over > 0 else np.float32(0)
+            heat[t, expert] = scaled[t, expert] - np.float32(1 - BURST_SHARE) * over
+            before += scaled[t, expert]
+            after += heat[t, expert]
+        scale = weights[t] * (before / after if after > 0 else np.float32(1))
+        for expert in range(experts):
+            heat[t, expert] *= scale
+    return heat
+
+
+@njit(**FAST)
+def _burst_limits(scaled):
+    """float32[E], the heat from which on an expert bursts."""
+    episodes, experts = scaled.shape
+    limit = np.full(experts, np.inf, np.float32)
+    if episodes < FEWEST:
+        return limit
+    cap = np.zeros(experts, np.float32)
+    mean = np.zeros(experts, np.float32)
+    deviation = np.zeros(experts, np.float32)
+    for t in range(episodes):
+        for expert in range(experts):
+            cap[expert] += scaled[t, expert]
+    for expert in range(experts):
+        cap[expert] *= np.float32(2 / episodes)
+    for t in range(episodes):
+        for expert in range(experts):
+            heat = scaled[t, expert]
+            mean[expert] += heat if heat < cap[expert] else cap[expert]
+    for expert in range(experts):
+        mean[expert] *= np.float32(1 / episodes)
+    for t in range(episodes):
+        for expert in range(experts):
+            heat = scaled[t, expert]
+            deviation[expert] += abs((heat if heat < cap[expert] else cap[expert]) - mean[expert])
+    for expert in range(experts):
+        limit[expert] = mean[expert] + np.float32(BURST / episodes) * deviation[expert]
+    return limit
+
+
+@njit(**FAST)
+def shortened(heat, most):
+    """float32[T, E] with stretches of episodes merged so that there are at most `most`."""
+    episodes, experts = heat.shape
+    if episodes <= most:
+        return heat
+    long = width(episodes, most)
+    short = np.zeros((width(episodes, long), experts), np.float32)
+    for t in range(episodes):
+        for expert in range(experts):
+            short[t // long, expert] += heat[t, expert]
+    return short
+
+
+@njit(**FAST)
+def peaks_of(scaled, placement):
+    """float32[T], the highest load of any rank in each episode of float32[T, E]."""
+    episodes, experts = scaled.shape
+    ranks, slots = placement.shape
+    share = np.zeros(experts, np.float32)
+    for expert in placement.flat:
+        share[expert] += 1
+    for expert in range(experts):
+        share[expert] = 1 / share[expert]
+    unit = np.empty(experts, np.float32)
+    loads = np.empty(ranks, np.float32)
+    peaks = np.empty(episodes, np.float32)
+    for t in range(episodes):
+        for expert in range(experts):
+            unit[expert] = scaled[t, expert] * share[expert]
+        loads[:] = 0
+        for rank in range(ranks):
+            for slot in range(slots):
+                loads[rank] += unit[placement[rank, slot]]
+        peaks[t] = loads.max()
+    return peaks

@@ -1,0 +1,167 @@
+"""What FlashLB remembers, and when that counts; equal calls give equal plans."""
+
+import numpy as np
+import pytest
+from checker import assert_same, ratios
+from heats import initial, loosened, shuffled, stuck, window, zipf
+
+from flash_eplb.planners.flashlb import FlashLB
+
+
+def drifting(rng, layers, experts, windows, episodes=12, tokens=3000, change=0.5):
+    """Windows whose popularity changes from one to the next."""
+    popularity = zipf(rng, layers, experts)
+    for _ in range(windows):
+        yield window(rng, popularity, episodes, tokens)
+        popularity = popularity * np.exp(rng.normal(0, change, popularity.shape))
+        popularity /= popularity.sum(axis=1, keepdims=True)
+
+
+def test_earlier_windows_count_while_the_placement_is_the_planned_one():
+    rng = np.random.default_rng(1)
+    first, last = drifting(rng, 3, 64, 2, change=0.02)
+    old, new = FlashLB(8, 9), FlashLB(8, 9)
+    placement = old.plan(first, initial(3, 8, 9, 64)).placement
+    ours = old.plan(last, placement, every_layer=True)
+    theirs = new.plan(last, placement, every_layer=True)
+    assert all((ours.placement[k] != theirs.placement[k]).any() for k in range(3))
+
+
+def test_a_layer_of_another_placement_is_planned_as_by_a_new_object():
+    rng = np.random.default_rng(2)
+    first, second, last = drifting(rng, 4, 64, 3)
+    for every_layer in (False, True):
+        old, new = FlashLB(8, 9), FlashLB(8, 9)
+        placement = old.plan(first, initial(4, 8, 9, 64)).placement
+        placement = old.plan(second, placement).placement.copy()
+        placement[1] = initial(1, 8, 9, 64)[0]
+        placement[3, :, [0, 4]] = placement[3, :, [4, 0]]
+        ours = old.plan(last, placement, every_layer)
+        theirs = new.plan(last, placement, every_layer)
+        assert 1 in ours.layers
+        for layer in (1, 3):
+            assert (ours.placement[layer] == theirs.placement[layer]).all()
+            assert ours.par_after[layer] == theirs.par_after[layer]
+
+
+def test_a_promise_holds_only_for_the_placement_it_was_made_for():
+    heat, placement = stuck()
+    planner = FlashLB(4, 2)
+    promised = planner.plan(heat, placement).placement
+    other = np.ascontiguousarray(promised[:, ::-1])
+    assert planner.plan(loosened(other), other)
+
+
+def test_a_promise_is_forgotten_once_the_placement_was_another():
+    heat, placement = stuck()
+    planner = FlashLB(4, 2)
+    promised = planner.plan(heat, placement).placement
+    assert not planner.plan(loosened(promised), promised)
+    assert not planner.plan(np.ones((8, 1, 8)), placement)
+    assert planner.plan(loosened(promised), promised)
+
+
+def test_earlier_windows_of_other_heat_do_not_count():
+    rng = np.random.default_rng(1)
+    first, last = drifting(rng, 3, 64, 2)
+    plans = []
+    for half_life in (64, 0):
+        planner = FlashLB(8, 9, half_life=half_life)
+        placement = planner.plan(first, initial(3, 8, 9, 64)).placement
+        plans.append(planner.plan(last, placement, every_layer=True))
+    assert_same(*plans)
+
+
+def test_earlier_windows_make_plans_from_few_tokens_better():
+    rng = np.random.default_rng(4)
+    popularity = zipf(rng, 4, 64, 0.8)
+    left = []
+    for half_life in (64, 0):
+        draws = np.random.default_rng(5)
+        planner, placement = FlashLB(8, 9, half_life=half_life), initial(4, 8, 9, 64)
+        for _ in range(8):
+            heat = window(draws, popularity, 8, 400)
+            placement = planner.plan(heat, placement, every_layer=True).placement
+        left.append((ratios(window(draws, popularity, 64), placement) - 1).mean())
+    assert left[0] < 0.7 * left[1]
+
+
+def test_windows_that_overlap_give_the_plans_of_their_episodes_once():
+    rng = np.random.default_rng(6)
+    long = np.concatenate(list(drifting(rng, 3, 64, 4)))
+    plans = []
+    for starts in ((0, 24), (0, 4, 8, 12, 16, 20, 24)):
+        planner, placement = FlashLB(8, 9), initial(3, 8, 9, 64)
+        for start in starts:
+            limit = None if start in (0, 24) else 0
+            heat = long[start : start + 24]
+            plan = planner.plan(heat, placement, every_layer=True, max_moves=limit)
+            placement = plan.placement
+        plans.append(plan)
+    assert plans[0]
+    assert_same(*plans)
+
+
+def test_a_model_of_another_shape_starts_afresh():
+    rng = np.random.default_rng(7)
+    planner = FlashLB(8, 9)
+    for layers, experts in ((2, 64), (3, 64), (3, 60), (2, 64)):
+        heat, placement = window(rng, zipf(rng, layers, experts)), initial(layers, 8, 9, experts)
+        assert_same(planner.plan(heat, placement), FlashLB(8, 9).plan(heat, placement))
+
+
+def sequence(planner, seed=8, windows=6):
+    """Plans for drifting heat, the placement being replaced once from outside."""
+    rng = np.random.default_rng(seed)
+    placement, plans = initial(5, 8, 9, 64), []
+    for number, heat in enumerate(drifting(rng, 5, 64, windows)):
+        if number == 3:
+            placement = shuffled(rng, 5, 8, 9, 64)
+        plans.append(planner.plan(heat, placement, every_layer=number == 4))
+        placement = plans[-1].placement
+    return plans
+
+
+@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+@pytest.mark.parametrize("effort", ["fast", "balanced", "thorough"])
+def test_equal_calls_give_equal_plans_in_any_number_of_threads(effort, routing):
+    for settings in ({}, {"max_moves": 60}, {"max_layers": 2}):
+        make = lambda threads, rest=settings: FlashLB(  # noqa: E731
+            8, 9, effort=effort, routing=routing, threads=threads, **rest
+        )
+        expected = sequence(make(1))
+        assert sum(map(bool, expected)) >= 3
+        for threads in (1, 2, 3, 16):
+            for plan, other in zip(expected, sequence(make(threads)), strict=True):
+                assert_same(plan, other)
+
+
+def test_nothing_is_read_or_written_behind_the_callers_back():
+    rng = np.random.default_rng(9)
+    heats = [heat.astype(np.float64) for heat in drifting(rng, 3, 64, 4)]
+    for routing in ("uniform", "weighted"):
+        planner, twin = (FlashLB(8, 9, routing=routing, max_layers=2) for _ in range(2))
+        placement = initial(3, 8, 9, 64)
+        buffer, place = np.empty_like(heats[0]), np.empty_like(placement)
+        for heat in heats:
+            buffer[:], place[:] = heat, placement
+            plan = planner.plan(buffer, place)
+            assert (buffer == heat).all()
+            assert (place == placement).all()
+            assert_same(plan, twin.plan(heat, placement))
+            for name in ("before", "placement", "columns", "par_before", "par_after", "layers"):
+                for given in (buffer, place):
+                    assert not np.shares_memory(getattr(plan, name), given)
+            placement = plan.placement
+            buffer[:] = 1  # the caller's own, to be used again
+            place[:] = 0
+
+
+def test_a_changed_plan_does_not_change_what_was_promised():
+    heat, placement = stuck()
+    planner = FlashLB(4, 2)
+    plan = planner.plan(heat, placement)
+    promised = plan.placement.copy()
+    plan.placement[:] = 0
+    plan.par_after[:] = 0
+    assert not planner.plan(loosened(promised), promised)

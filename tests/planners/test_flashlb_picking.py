@@ -1,0 +1,186 @@
+"""Which layers FlashLB plans, and which it leaves alone."""
+
+import numpy as np
+import pytest
+from checker import assert_leads, ratios
+from heats import EVEN_SOON, initial, loosened, stuck, uneven, window, zipf
+
+from flash_eplb.planners.flashlb import FlashLB
+
+EFFORTS = ["fast", "balanced", "thorough"]
+
+STEADY = {
+    "many tokens": {"skew": 1, "tokens": 10**6, "episodes": 64},
+    "few tokens": {"skew": 1, "tokens": 2000, "episodes": 64},
+    "decode": {"skew": 0.8, "tokens": 64 * 8, "episodes": 64},
+    "short windows": {"skew": 1, "tokens": 5000, "episodes": 16},
+    "single episodes": {"skew": 1, "tokens": 10**6, "episodes": 1},
+}
+
+
+def steady(rng, experts, skew, tokens, episodes):
+    """A function that draws windows of stationary heat of 4 layers."""
+    popularity = zipf(rng, 4, experts, skew)
+    return lambda: window(rng, popularity, episodes, tokens)
+
+
+@pytest.mark.parametrize("name", STEADY)
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("every_layer", [False, True])
+@pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (4, 5, 16)])
+def test_stationary_heat_gives_no_second_plan(name, effort, every_layer, ranks, slots, experts):
+    draw = steady(np.random.default_rng(1), experts, **STEADY[name])
+    planner = FlashLB(ranks, slots, effort=effort)
+    first = planner.plan(draw(), initial(4, ranks, slots, experts), every_layer)
+    assert len(first.layers) == 4
+    for _ in range(50):
+        later = planner.plan(draw(), first.placement)
+        assert not later
+        assert (later.placement == first.placement).all()
+
+
+@pytest.mark.parametrize("name", ["many tokens", "few tokens", "short windows"])
+def test_planned_routing_gives_no_second_plan_either(name):
+    draw = steady(np.random.default_rng(2), 64, **STEADY[name])
+    planner = FlashLB(8, 9, routing="weighted")
+    first = planner.plan(draw(), initial(4, 8, 9, 64))
+    assert len(first.layers) == 4
+    for _ in range(10):
+        assert not planner.plan(draw(), first.placement)
+
+
+@pytest.mark.parametrize("name", ["many tokens", "few tokens", "short windows"])
+def test_a_new_object_on_stationary_heat_moves_no_weights(name):
+    # A restarted planner has no promises; chance differences must not look like gains to it.
+    draw = steady(np.random.default_rng(3), 128, **STEADY[name])
+    first = FlashLB(16, 9).plan(draw(), initial(4, 16, 9, 128))
+    for _ in range(6):
+        assert not FlashLB(16, 9).plan(draw(), first.placement)
+
+
+def exchanged(popularity, pairs):
+    """`popularity` [experts] with that of its `pairs` hottest and coldest experts exchanged."""
+    order = np.argsort(popularity)
+    changed = popularity.copy()
+    changed[order[:pairs]], changed[order[-pairs:]] = (
+        popularity[order[-pairs:]],
+        popularity[order[:pairs]],
+    )
+    return changed
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("every_layer", [False, True])
+@pytest.mark.parametrize(("pairs", "episodes"), [(1, 32), (3, 16), (20, 32), (20, 1)])
+def test_an_abrupt_change_of_one_layer_gives_a_plan_of_that_layer(
+    effort, every_layer, pairs, episodes
+):
+    rng = np.random.default_rng(4)
+    popularity, tokens = zipf(rng, 3, 64), 10**6 // episodes
+    planner = FlashLB(8, 9, effort=effort)
+    heat, placement = window(rng, popularity, episodes, tokens), initial(3, 8, 9, 64)
+    plan = planner.plan(heat, placement, every_layer)
+    popularity[1] = exchanged(popularity[1], pairs)
+    picked = []
+    for _ in range(3):
+        later = planner.plan(window(rng, popularity, episodes, tokens), plan.placement)
+        assert_leads(later, plan.placement, 64)
+        picked += later.layers.tolist()
+        plan = later
+    assert set(picked) == {1}
+    excess = ratios(window(rng, popularity, episodes, tokens), plan.placement) - 1
+    assert (excess < 0.15).all()
+
+
+def test_slow_drift_moves_few_slots():
+    rng = np.random.default_rng(5)
+    popularity = zipf(rng, 1, 256)
+    planner = FlashLB(32, 9)
+    placement = planner.plan(window(rng, popularity), initial(1, 32, 9, 256)).placement
+    shifted = popularity * np.exp(rng.normal(0, 0.3, popularity.shape))
+    again = planner.plan(window(rng, shifted / shifted.sum()), placement)
+    assert again
+    assert len(again.moves) < 0.3 * placement.size
+
+
+def test_a_layer_below_the_floor_is_left_alone():
+    heat, placement = np.array([[uneven(2), uneven(0.4)]] * 4), np.array([EVEN_SOON] * 2)
+    settings = {"min_gain": 0.0, "move_price": 0.0}
+    assert FlashLB(2, 2, min_excess=0.3, **settings).plan(heat, placement).layers.tolist() == []
+    assert FlashLB(2, 2, min_excess=0.1, **settings).plan(heat, placement).layers.tolist() == [0]
+    assert FlashLB(2, 2, min_excess=0.0, **settings).plan(heat, placement).layers.tolist() == [0, 1]
+    every = FlashLB(2, 2, min_excess=0.3, **settings).plan(heat, placement, every_layer=True)
+    assert every.layers.tolist() == [0, 1]
+
+
+def test_near_balanced_heat_gives_no_plan():
+    rng = np.random.default_rng(6)
+    heat, placement = window(rng, np.full((2, 64), 1 / 64), 64, 20_000), initial(2, 8, 8, 64)
+    assert (ratios(heat, placement) > 1.02).all()
+    assert not FlashLB(8, 8).plan(heat, placement)
+
+
+@pytest.mark.parametrize("episodes", [1, 2, 4])
+def test_a_plan_wins_at_least_min_gain(episodes):
+    heat, placement = np.array([[uneven(2)]] * episodes), np.array([EVEN_SOON])
+    assert FlashLB(2, 2, min_gain=0.19).plan(heat, placement)
+    assert not FlashLB(2, 2, min_gain=0.21).plan(heat, placement)
+
+
+def test_a_plan_pays_for_its_moves():
+    # It wins 0.2 by moving 2 of 4 slots.
+    heat, placement = np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
+    for price, worth in ((0.38, True), (0.42, False)):
+        planner = FlashLB(2, 2, move_price=price, half_life=0)
+        assert not planner.plan(np.ones((4, 1, 4)), placement)
+        assert bool(planner.plan(heat, placement)) == worth
+
+
+def test_moves_that_cost_more_are_fewer():
+    rng = np.random.default_rng(7)
+    heat, placement = window(rng, zipf(rng, 2, 64)), initial(2, 8, 9, 64)
+    plans = [FlashLB(8, 9, move_price=p).plan(heat, placement) for p in (0, 1, 10, 1000)]
+    moves = [len(plan.moves) for plan in plans]
+    assert moves[0] > moves[1] > moves[2] >= moves[3] == 0
+
+
+def test_every_layer_looks_where_picking_does_not():
+    heat, placement = np.array([[[52, 50, 48, 50]]] * 4), np.array([EVEN_SOON])
+    assert not FlashLB(2, 2).plan(heat, placement)
+    plan = FlashLB(2, 2).plan(heat, placement, every_layer=True)
+    np.testing.assert_allclose(plan.par_after, 1)
+
+
+def test_a_layer_that_keeps_its_promise_is_left_alone():
+    heat, placement = stuck()
+    planner = FlashLB(4, 2)
+    plan = planner.plan(heat, placement)
+    assert plan.par_after[0] == pytest.approx(5 / 3)
+    for _ in range(3):
+        later = planner.plan(loosened(plan.placement), plan.placement)
+        assert later.par_before[0] == pytest.approx(1.5)
+        assert not later
+    assert FlashLB(4, 2).plan(loosened(plan.placement), plan.placement)
+
+
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_a_layer_that_breaks_its_promise_is_planned_again(every_layer):
+    # Still better than before the first plan, but worse than was promised.
+    placement = np.array([EVEN_SOON])
+    planner = FlashLB(2, 2, min_gain=0.01, half_life=0)
+    plan = planner.plan(np.array([[uneven(6)]] * 4), placement, every_layer)
+    assert plan.par_after[0] == pytest.approx(1)
+    worse = np.empty((4, 1, 4))
+    worse[:, 0, plan.placement[0].ravel()] = uneven(3)
+    again = planner.plan(worse, plan.placement)
+    assert again.par_before[0] == pytest.approx(1.3)
+    assert again.par_after[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.2])
+def test_the_tolerance_says_how_far_a_promise_may_be_missed(tolerance):
+    planner = FlashLB(2, 2, tolerance=tolerance, min_gain=0.01, min_excess=0.02, half_life=0)
+    plan = planner.plan(np.array([[uneven(6)]] * 4), np.array([EVEN_SOON]))
+    worse = np.empty((4, 1, 4))
+    worse[:, 0, plan.placement[0].ravel()] = uneven(1)
+    assert bool(planner.plan(worse, plan.placement)) == (tolerance < 0.1)

@@ -1,0 +1,209 @@
+"""What holds for every plan of FlashLB, whatever the shape, the heat and the settings."""
+
+import numpy as np
+import pytest
+from checker import (
+    assert_columns,
+    assert_leads,
+    assert_measured,
+    assert_rounds,
+    gains_per_move,
+    ratios,
+)
+from heats import DTYPES, initial, shapes, shuffled, typed, window, windows, zipf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_eplb.planners.flashlb import FlashLB
+
+LIMITS = st.sampled_from([None] * 8 + [0, 1, 2, 3, 5, 20])
+
+
+@st.composite
+def cases(draw, shape):
+    """(window, the next one, placement, shape)."""
+    ranks, slots, experts = draw(shape)
+    layers = draw(st.sampled_from([1, 3]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    placement = shuffled(rng, layers, ranks, slots, experts)
+    heats = [draw(windows(layers, experts)) for _ in range(2)]
+    return *heats, placement, (ranks, slots, experts)
+
+
+def assert_fit(plan, heat, today, most_columns):
+    experts = heat.shape[2]
+    assert_leads(plan, today, experts)
+    assert_measured(plan, heat)
+    for rows in (1, 3):
+        assert_rounds(plan, rows, experts)
+    if most_columns:
+        assert_columns(plan, heat, most_columns)
+    else:
+        assert (plan.columns == 1).all()
+
+
+def assert_bounded(plan, moves, layers):
+    moves = [most for most in moves if most is not None]
+    assert len(plan.moves) <= min(moves, default=np.inf)
+    assert layers is None or len(plan.layers) <= layers
+
+
+@st.composite
+def planners(draw, ranks, slots, efforts):
+    """(FlashLB, its most columns or 0, its limits of moves and layers)."""
+    most = draw(st.sampled_from([0, ranks, 100, 1024]))
+    moves, layers = draw(LIMITS), draw(st.sampled_from([None] * 6 + [0, 1, 2]))
+    planner = FlashLB(
+        ranks,
+        slots,
+        ranks_per_node=draw(st.sampled_from([None, 1, 2])),
+        effort=draw(st.sampled_from(efforts)),
+        routing="weighted" if most else "uniform",
+        max_columns=most or 1024,
+        min_excess=draw(st.sampled_from([0, 0.05])),
+        min_gain=draw(st.sampled_from([0, 0.02])),
+        move_price=draw(st.sampled_from([0, 0.1])),
+        half_life=draw(st.sampled_from([0, 64])),
+        max_moves=moves,
+        max_layers=layers,
+        threads=draw(st.sampled_from([1, 2])),
+    )
+    return planner, most, moves, layers
+
+
+def check_two_plans(case, data, efforts):
+    heat, later, placement, (ranks, slots, _) = case
+    planner, most_columns, moves, layers = data.draw(planners(ranks, slots, efforts))
+    for tokens in (heat, later):
+        limit, every_layer = data.draw(LIMITS), data.draw(st.booleans())
+        plan = planner.plan(tokens, placement, every_layer, limit)
+        assert_fit(plan, tokens, placement, most_columns)
+        assert_bounded(plan, (moves, limit), layers)
+        if not most_columns:
+            assert (np.diff(gains_per_move(plan)) <= 1e-9).all()
+        placement = plan.placement
+
+
+@given(cases(shapes()), st.data())
+@settings(max_examples=400)
+def test_plans_of_small_layers_are_valid_and_true(case, data):
+    check_two_plans(case, data, ["fast", "balanced", "thorough"])
+
+
+@given(cases(shapes(most_slots=200, ranks=(5, 24))), st.data())
+@settings(max_examples=200)
+def test_plans_of_larger_layers_are_valid_and_true(case, data):
+    check_two_plans(case, data, ["fast", "balanced", "thorough"])
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "slots"),
+    [(1024, 1024, 1), (1024, 1024, 2), (2, 1024, 1), (2, 1024, 2), (256, 64, 5), (1024, 64, 16)],
+)
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_plans_of_large_layers_are_valid_and_true(experts, ranks, slots, effort):
+    rng = np.random.default_rng(1)
+    heat = window(rng, zipf(rng, 1, experts), 3)
+    placement = shuffled(rng, 1, ranks, slots, experts)
+    for routing, most_columns in (("uniform", 0), ("weighted", 1024)):
+        planner = FlashLB(ranks, slots, effort=effort, routing=routing, half_life=0)
+        plan = planner.plan(heat, placement, every_layer=True)
+        assert_fit(plan, heat, placement, most_columns)
+
+
+def test_two_experts_on_two_ranks_can_but_stay():
+    heat = np.array([[[3, 1]], [[1, 3]]])
+    assert not FlashLB(2, 1).plan(heat, initial(1, 2, 1, 2), every_layer=True)
+
+
+def test_every_expert_on_every_rank_is_even():
+    rng = np.random.default_rng(2)
+    plan = FlashLB(6, 5).plan(window(rng, zipf(rng, 2, 5)), initial(2, 6, 5, 5), every_layer=True)
+    assert not plan
+    np.testing.assert_allclose(plan.par_before, 1)
+
+
+def test_without_redundancy_experts_change_places():
+    rng = np.random.default_rng(3)
+    heat, placement = window(rng, zipf(rng, 1, 64, 0.5)), initial(1, 8, 8, 64)
+    plan = FlashLB(8, 8).plan(heat, placement)
+    assert_fit(plan, heat, placement, 0)
+    assert plan.par_before[0] > 1.2
+    assert plan.par_after[0] < 1.1
+
+
+@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+@pytest.mark.parametrize(("ranks", "slots", "experts"), [(4, 5, 16), (8, 9, 64), (16, 9, 128)])
+def test_a_plan_wins_most_of_the_excess_of_zipf_heat_also_later(ranks, slots, experts, routing):
+    rng = np.random.default_rng(4)
+    popularity = zipf(rng, 2, experts, 0.8)
+    placement = initial(2, ranks, slots, experts)
+    plan = FlashLB(ranks, slots, routing=routing).plan(window(rng, popularity), placement)
+    later = window(rng, popularity)
+    left = ratios(later, plan.placement, plan.columns) - 1
+    assert (left < 0.25 * (ratios(later, placement) - 1)).all()
+
+
+@pytest.mark.parametrize(
+    "heat",
+    [np.zeros((3, 2, 8)), np.ones((3, 2, 8), np.int64), np.eye(3, 2)[:, :, None] * np.ones(8)],
+    ids=["none", "even", "idle episodes"],
+)
+@pytest.mark.parametrize("every_layer", [False, True])
+@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+def test_heat_with_nothing_to_win_gives_an_empty_plan(heat, every_layer, routing):
+    plan = FlashLB(4, 2, routing=routing).plan(heat, initial(2, 4, 2, 8), every_layer=every_layer)
+    assert not plan
+    assert len(plan.moves) == 0
+    assert plan.rounds(1) == []
+    np.testing.assert_allclose(plan.par_before, 1)
+    np.testing.assert_allclose(plan.par_after, 1)
+
+
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_one_rank_has_nothing_to_win(every_layer):
+    heat = np.array([[[5, 1, 1]], [[0, 0, 7]]])
+    placement = np.array([[[2, 0, 1]]])
+    for routing in ("uniform", "weighted"):
+        planner = FlashLB(1, 3, routing=routing, min_excess=0, min_gain=0)
+        plan = planner.plan(heat, placement, every_layer=every_layer)
+        assert not plan
+        assert (plan.placement == placement).all()
+        np.testing.assert_allclose([plan.par_before, plan.par_after], 1)
+
+
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_no_layers_give_an_empty_plan(every_layer):
+    plan = FlashLB(4, 2).plan(np.zeros((3, 0, 8)), np.zeros((0, 4, 2), int), every_layer)
+    assert not plan
+    assert plan.placement.shape == (0, 4, 2)
+    assert len(plan.par_before) == len(plan.moves) == 0
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "uint64", "longdouble", ">i4", ">f8"])
+def test_any_real_dtype_gives_the_same_plan(dtype):
+    rng = np.random.default_rng(5)
+    heat, placement = typed(window(rng, zipf(rng, 1, 16), 8, 100), "uint8", 1), initial(1, 4, 5, 16)
+    expected = FlashLB(4, 5).plan(heat.astype(int), placement)
+    assert expected
+    stored = placement.astype(dtype if np.dtype(dtype).kind in "iu" else "uint16")
+    given = heat.astype(dtype)
+    given.flags.writeable = stored.flags.writeable = False
+    plan = FlashLB(4, 5).plan(given, stored)
+    assert (plan.placement == expected.placement).all()
+
+
+@pytest.mark.parametrize("scale", [1e-323, 1e-310, 1e-300, 1, 1e300, 1.9e307])
+def test_heat_of_any_magnitude_gives_the_same_plans(scale):
+    rng = np.random.default_rng(6)
+    first = np.round(9 * rng.random((8, 2, 12)) ** 2)
+    later = np.round(9 * rng.random((8, 2, 12)) ** 3)
+    placements = []
+    for factor in (1, scale):
+        planner, placement = FlashLB(4, 4), initial(2, 4, 4, 12)
+        for heat in (first, later, first[:, :, ::-1]):
+            plan = planner.plan(heat * factor, placement)
+            assert_measured(plan, heat)
+            placement = plan.placement
+            placements.append(placement)
+    np.testing.assert_array_equal(placements[:3], placements[3:])

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from flash_eplb.planners.memory import Memory
+
+
+def episodes(first, last, layers=2, experts=3):
+    """Episodes `first` up to `last` of one long recording: all tokens are powers of two."""
+    tokens = np.zeros((last - first, layers, experts))
+    tokens[:, 0, 0] = 2.0 ** np.arange(first, last)
+    tokens[:, 1, 2] = 2.0 ** np.arange(first, last)
+    return tokens
+
+
+def remembered(tokens):
+    """The episodes that are in the past, each once, or more often if they are counted twice."""
+    total = int(tokens[:, 0, 0].sum())
+    np.testing.assert_array_equal(tokens[:, 1, 2].sum(), total)
+    return [k for k in range(64) if total >> k & 1]
+
+
+def test_the_first_window_has_no_past():
+    tokens, weights = Memory(64).recall(episodes(0, 8))
+    assert tokens.shape == (0, 2, 3)
+    assert weights.shape == (0,)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_episodes_of_earlier_windows_are_the_past_once(step):
+    memory = Memory(64)
+    for start in range(0, 41, step):
+        tokens, weights = memory.recall(episodes(start, start + 8))
+        assert remembered(tokens) == list(range(start))
+        assert len(weights) == len(tokens)
+        assert weights.dtype == np.float32
+
+
+def test_windows_may_grow_shrink_and_stand_still():
+    memory = Memory(64)
+    for first, last, past in (
+        (0, 4, 0),
+        (0, 4, 0),
+        (0, 12, 0),
+        (4, 12, 4),
+        (8, 16, 8),
+        (16, 40, 16),
+    ):
+        assert remembered(memory.recall(episodes(first, last))[0]) == list(range(past))
+
+
+def test_an_episode_counts_half_a_half_life_later():
+    memory = Memory(8)
+    memory.recall(episodes(0, 16))
+    tokens, weights = memory.recall(episodes(16, 24))
+    per_episode = weights / [bin(int(block)).count("1") for block in tokens[:, 0, 0]]
+    middles = [np.mean(remembered(tokens[i : i + 1])) for i in range(len(tokens))]
+    ages = 15.5 - np.array(middles)
+    np.testing.assert_allclose(per_episode, 2.0 ** (-ages / 8), rtol=1e-6)
+
+
+def test_old_episodes_are_forgotten():
+    memory = Memory(8)
+    for start in range(0, 60, 4):
+        tokens, weights = memory.recall(episodes(start, start + 4))
+    assert remembered(tokens)[0] > 30
+    assert remembered(tokens)[-1] == 55
+    assert weights.min() < weights.max() / 2
+
+
+def test_without_a_half_life_there_is_no_past():
+    memory = Memory(0)
+    for start in (0, 8, 16):
+        tokens, weights = memory.recall(episodes(start, start + 8))
+        assert len(tokens) == len(weights) == 0
+
+
+def test_another_shape_begins_anew():
+    memory = Memory(64)
+    memory.recall(episodes(0, 8))
+    assert len(memory.recall(episodes(8, 16, layers=3))[0]) == 0
+    assert remembered(memory.recall(episodes(16, 24, layers=3))[0]) == list(range(8, 16))
+    assert len(memory.recall(episodes(24, 32, layers=3, experts=4))[0]) == 0
