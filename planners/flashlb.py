@@ -74,7 +74,7 @@ SMALL_EFFORT = EFFORTS["thorough"]._replace(starts=16, kicks=400)
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
 
-OPTIMISM = 4.0
+OPTIMISM = 3.0
 """Times the excess on the window of a plan that the next window may show without surprise."""
 
 FIRST_SHARE = 1 / 3
@@ -137,7 +137,7 @@ class FlashLB:
     A layer is planned if its PAR exceeds 1 by more than `min_excess`, unless it has the placement
     of its last plan and keeps what that plan promised. The plan must win `min_gain`, and the price
     of its moves, on the window; and a plan made from the older half of the window must win
-    `min_gain` on the newer half, beyond three standard errors, so that chance moves no weights.
+    `min_gain` on the newer half, and so clearly that chance moves no weights.
 
     What it remembers of a layer (earlier heat, the promise) counts only while that layer has the
     placement that the last plan gave it.
@@ -153,8 +153,8 @@ class FlashLB:
         min_excess: PAR - 1 up to which a layer is left alone.
         min_gain: least PAR a layer's plan must win.
         move_price: PAR that moving all slots of a layer must win; fewer moves, in proportion.
-        tolerance: PAR above its promise, beyond two standard errors, at which a layer is planned
-            again.
+        tolerance: PAR above its promise at which a layer is planned again; up to three times as
+            much where the PAR of episodes varies.
         half_life: episodes after which an episode before the window counts half; 0 forgets all.
         max_moves: most moves in one plan; None for no limit.
         max_layers: most layers in one plan; None for no limit.
@@ -251,7 +251,7 @@ class FlashLB:
             offers = [offer for offer in offers if offer.gain >= self.min_gain]
             offers = self._confirmed(window, offers, terms)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
-        self._promise(before, due, offers, taken, room < slots, every_layer)
+        self._promise(offers, taken, room < slots, every_layer)
         return self._plan(window, before, taken)
 
     def _plan(self, window: _Window, before: np.ndarray, taken: dict[int, _Offer]) -> Plan:
@@ -274,20 +274,12 @@ class FlashLB:
         return replace(plan, columns=columns)
 
     def _promise(
-        self,
-        before: np.ndarray,
-        due: np.ndarray,
-        offers: list[_Offer],
-        taken: dict[int, _Offer],
-        curbed: bool,
-        every_layer: bool,
+        self, offers: list[_Offer], taken: dict[int, _Offer], curbed: bool, every_layer: bool
     ) -> None:
-        """Remember what the layers that were looked at can be expected to keep.
+        """Remember what the picked layers can be expected to keep.
 
-        That is what they have, where nothing better was found; and nothing, where a limit stood
-        in the way of more.
+        That is nothing where a limit stood in the way of more.
         """
-        self._promised[due] = before[due]
         for offer in offers:
             fits = taken.get(offer.layer) is offer and not curbed
             self._promised[offer.layer] = offer.promise if fits else math.nan
@@ -309,11 +301,11 @@ class FlashLB:
         What was promised from the window of the plan itself is too good to be kept: what the next
         window shows takes its place, unless that is far worse.
         """
-        limit = 1 + OPTIMISM * (self._promised - 1) + self.tolerance + 2 * error
-        first = self._untried & (before <= limit)
+        slack = self.tolerance + np.minimum(2 * error, 2 * self.tolerance)
+        first = self._untried & (before <= _hoped(self._promised) + slack)
         self._promised[first] = np.maximum(self._promised, before)[first]
         self._untried[:] = False
-        kept = before <= self._promised + self.tolerance + 2 * error
+        kept = before <= self._promised + slack
         return np.flatnonzero((before > 1 + self.min_excess) & ~kept)
 
     def _offers(
@@ -341,8 +333,9 @@ class FlashLB:
     def _confirmed(self, window: _Window, offers: list[_Offer], terms: Terms) -> list[_Offer]:
         """The offers that chance does not explain, with what they can promise.
 
-        A plan from the older half of the window must win min_gain on the newer half, beyond three
-        standard errors; its PAR there is what may be expected.
+        A plan from the older half of the window must win min_gain on the newer half: by one
+        standard error if it wins five times as much, else by three. Its PAR there is what may be
+        expected.
         """
         half = len(window.tokens) // 2
         layers = np.array([offer.layer for offer in offers], np.int64)
@@ -352,10 +345,12 @@ class FlashLB:
         found, _ = self._find(window._replace(tokens=window.tokens[:half]), layers, terms)
         ratios = episode_par(newer, found)
         gains = episode_par(newer, window.today[layers]) - ratios
-        sure = gains.mean(axis=0) - 3 * gains.std(axis=0) / math.sqrt(len(gains)) >= self.min_gain
+        error = gains.std(axis=0) / math.sqrt(len(gains))
+        doubt = np.minimum(3 * error, np.maximum(error, 4 * self.min_gain))
+        sure = gains.mean(axis=0) - doubt >= self.min_gain
         unseen = ratios.mean(axis=0)
         return [
-            offer._replace(promise=max(offer.par, float(unseen[i])))
+            offer._replace(promise=float(np.clip(unseen[i], offer.par, _hoped(offer.par))))
             for i, offer in enumerate(offers)
             if sure[i]
         ]
@@ -433,6 +428,11 @@ class FlashLB:
                 )
 
         self._spread(work, np.arange(len(par)))
+
+
+def _hoped(par):
+    """The most that a placement with `par` on its own window may show on the next one."""
+    return 1 + OPTIMISM * (par - 1)
 
 
 def warmup() -> None:

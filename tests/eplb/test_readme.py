@@ -59,3 +59,9 @@ def test_the_policy_in_the_readme_works(tmp_path, monkeypatch):
     assert (par(heat, wanted) < par(heat, placement) - 0.3).all()
     assert (policy.plan(heat * 0, placement) == placement).all()
     del sys.modules["my_policy"]
+
+
+def test_flashlb_works_as_the_readme_shows(capsys):
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    exec(code, {})
+    assert "(4, 16, 9)" in capsys.readouterr().out

@@ -148,11 +148,12 @@ def test_a_refused_call_leaves_no_trace():
     placement = initial(2, 8, 9, 64)
     for _ in range(3):
         heat = window(rng, popularity, 8, 2000)
-        broken = heat.astype(float)
+        other = window(rng, popularity, 8, 2000)
+        broken = other.astype(float)
         broken[-1, -1, -1] = NAN
         lost = placement.copy()
         lost[0, 0, 0] = lost[0, 0, 1]
-        for bad in ((broken, placement), (heat, lost), (heat, placement, False, -1)):
+        for bad in ((broken, placement), (other, lost), (other, placement, False, -1)):
             with pytest.raises(ValueError):
                 planner.plan(*bad)
         plan = planner.plan(heat, placement, every_layer=True)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import assert_consistent, cases, moved, peaks, settled
 
-from flash_eplb.planners.improve import even_out, improve
+from flash_eplb.planners.improve import improve
+from flash_eplb.planners.swaps import even_out
 
 
 def improved(layer, price=0.0, most=10**6, least=1e-6):

@@ -21,6 +21,7 @@ from flash_eplb.ipc.session import segment_names
 
 SETTINGS = {
     "enabled": 1,
+    "policy": "random",  # moves experts all the time; FlashLB soon has nothing left to win here
     "episode_steps": 4,
     "min_episodes": 4,
     "plan_interval": 4,
@@ -115,12 +116,12 @@ def reference(generate):
 class PlannerProcess:
     """`eplb planner` as a user starts it."""
 
-    def __init__(self, session: str, log: Path):
+    def __init__(self, session: str, log: Path, **settings):
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).parent / "eplb"), "planner"],
-                env=environment(session=session, **SETTINGS),
+                env=environment(session=session, **{**SETTINGS, **settings}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -146,8 +147,9 @@ class PlannerProcess:
 def start_planner(tmp_path):
     started = []
 
-    def start(session: str) -> PlannerProcess:
-        started.append(PlannerProcess(session, tmp_path / f"planner-{len(started)}.log"))
+    def start(session: str, **settings) -> PlannerProcess:
+        log = tmp_path / f"planner-{len(started)}.log"
+        started.append(PlannerProcess(session, log, **settings))
         return started[-1]
 
     yield start
