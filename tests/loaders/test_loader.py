@@ -295,6 +295,6 @@ def test_rounds_ahead_wait_in_the_queue_until_their_epoch(cluster):
 def test_a_round_from_another_epoch_is_stale(cluster):
     group = cluster()
     group.send(group.record(SWAP, epoch=5))
-    group.tick(10)
+    group.tick_until(lambda: all(rank.segment.status[Field.STALE] for rank in group.ranks))
     assert all(rank.segment.status[Field.STALE] == 1 for rank in group.ranks)
     assert all(rank.segment.status[Field.DROPPED_ROUND] == 1 for rank in group.ranks)
