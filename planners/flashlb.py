@@ -13,63 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
+from .efforts import EFFORTS, effort_of
 from .memory import Memory, is_alike
 from .par import episode_par
 from .plan import Plan, align_all, make_plan
 from .routing import weigh_layer
-from .search import Effort, Terms, measure, search_layers
-
-
-def _effort(deviations: tuple, slacks: tuple, **rest: Any) -> Effort:
-    return Effort(np.array(deviations, np.float32), np.array(slacks, np.float32), **rest)
-
-
-EFFORTS = {
-    "fast": _effort(
-        (0.67,),
-        (1, 1.3, 1.75),
-        starts=1,
-        checks=4,
-        partners=8,
-        sweeps=6,
-        least=1e-5,
-        episodes=64,
-        kicks=0,
-    ),
-    "balanced": _effort(
-        (0.3, 1.5),
-        (1, 1.15, 1.3, 1.5, 1.75),
-        starts=2,
-        checks=12,
-        partners=16,
-        sweeps=30,
-        least=5e-6,
-        episodes=128,
-        kicks=0,
-    ),
-    "thorough": _effort(
-        (0, 0.67, 1.5, 3),
-        (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2),
-        starts=4,
-        checks=32,
-        partners=1024,
-        sweeps=60,
-        least=2e-6,
-        episodes=1024,
-        kicks=4,
-    ),
-}
-"""What `effort` means."""
-
-SMALL = 64
-"""Slots up to which a layer is searched thoroughly at any effort: it takes no time."""
-
-SMALL_EFFORT = EFFORTS["thorough"]._replace(starts=16, kicks=400)
+from .search import Terms, measure, search_layers
 
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
@@ -197,8 +151,7 @@ class FlashLB:
         self.max_moves = None if max_moves is None else whole("max_moves", max_moves, 0)
         self.max_layers = None if max_layers is None else whole("max_layers", max_layers, 0)
         self.threads = whole("threads", threads, 1)
-        small = self.ranks * self.slots_per_rank <= SMALL
-        self._effort = SMALL_EFFORT if small else EFFORTS[self.effort]
+        self._effort = effort_of(self.effort, self.ranks * self.slots_per_rank)
         self._memory = Memory(amount("half_life", half_life))
         self._promised = np.empty(0)
         self._untried = np.empty(0, np.bool_)

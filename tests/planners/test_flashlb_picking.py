@@ -58,7 +58,7 @@ def test_a_new_object_on_stationary_heat_moves_no_weights(name):
         assert not FlashLB(16, 9).plan(draw(), first.placement)
 
 
-@pytest.mark.parametrize("name", ["many tokens", "few tokens", "decode"])
+@pytest.mark.parametrize("name", ["many tokens", "few tokens"])
 @pytest.mark.parametrize("limit", [{"max_moves": 20}, {"max_moves": 100}, {"max_layers": 1}])
 def test_plans_within_limits_come_to_rest_on_stationary_heat(name, limit):
     draw = steady(np.random.default_rng(9), 64, **STEADY[name])

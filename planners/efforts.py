@@ -1,0 +1,61 @@
+"""How long FlashLB searches, by the name of the effort."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .search import Effort
+
+
+def _effort(deviations: tuple, slacks: tuple, **rest: Any) -> Effort:
+    return Effort(np.array(deviations, np.float32), np.array(slacks, np.float32), **rest)
+
+
+EFFORTS = {
+    "fast": _effort(
+        (0.67,),
+        (1, 1.3, 1.75),
+        starts=1,
+        checks=4,
+        partners=8,
+        sweeps=6,
+        least=1e-5,
+        episodes=64,
+        kicks=0,
+    ),
+    "balanced": _effort(
+        (0.3, 1.5),
+        (1, 1.15, 1.3, 1.5, 1.75),
+        starts=2,
+        checks=12,
+        partners=16,
+        sweeps=30,
+        least=5e-6,
+        episodes=128,
+        kicks=0,
+    ),
+    "thorough": _effort(
+        (0, 0.67, 1.5, 3),
+        (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2),
+        starts=4,
+        checks=32,
+        partners=1024,
+        sweeps=60,
+        least=2e-6,
+        episodes=1024,
+        kicks=4,
+    ),
+}
+"""What `effort` means."""
+
+SMALL = 64
+"""Slots up to which a layer is searched thoroughly at any effort: it takes no time."""
+
+SMALL_EFFORT = EFFORTS["thorough"]._replace(starts=16, kicks=400)
+
+
+def effort_of(name: str, slots: int) -> Effort:
+    """The effort `name` for layers of `slots` slots on all ranks together."""
+    return SMALL_EFFORT if slots <= SMALL else EFFORTS[name]
