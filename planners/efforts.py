@@ -51,11 +51,17 @@ EFFORTS = {
 """What `effort` means."""
 
 SMALL = 64
-"""Slots up to which a layer is searched thoroughly at any effort: it takes no time."""
+"""Slots up to which a layer is searched from many starts at any effort: it takes no time."""
 
-SMALL_EFFORT = EFFORTS["thorough"]._replace(starts=16, kicks=400)
+KICK_WORK = 10_000
+"""Slots times episodes that may be kicked in a small layer, unless the effort is thorough."""
 
 
-def effort_of(name: str, slots: int) -> Effort:
-    """The effort `name` for layers of `slots` slots on all ranks together."""
-    return SMALL_EFFORT if slots <= SMALL else EFFORTS[name]
+def effort_of(name: str, slots: int, episodes: int) -> Effort:
+    """The effort `name` for layers of `slots` slots, on all ranks together, over `episodes`."""
+    if slots > SMALL:
+        return EFFORTS[name]
+    kicks = 400
+    if name != "thorough":
+        kicks = min(100, KICK_WORK // (slots * max(1, episodes)))
+    return EFFORTS["thorough"]._replace(starts=16 if kicks else 4, kicks=kicks)

@@ -151,7 +151,6 @@ class FlashLB:
         self.max_moves = None if max_moves is None else whole("max_moves", max_moves, 0)
         self.max_layers = None if max_layers is None else whole("max_layers", max_layers, 0)
         self.threads = whole("threads", threads, 1)
-        self._effort = effort_of(self.effort, self.ranks * self.slots_per_rank)
         self._memory = Memory(amount("half_life", half_life))
         self._promised = np.empty(0)
         self._untried = np.empty(0, np.bool_)
@@ -338,7 +337,8 @@ class FlashLB:
             heat, weights = window.with_past() if alike else window.alone()
             price = terms.price * (1 if kept else FIRST_SHARE)
             search = partial(search_layers, heat, weights, window.today)
-            rest = (self._effort, terms._replace(price=price))
+            effort = effort_of(self.effort, self.ranks * self.slots_per_rank, len(heat))
+            rest = (effort, terms._replace(price=price))
 
             def work(part: np.ndarray, search=search, rest=rest) -> None:
                 found[part], moves[part] = search(layers[part], *rest)

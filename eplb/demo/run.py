@@ -29,7 +29,7 @@ from .traffic import Tokens, batches, complete, differences
 
 TOKENS = 40
 BATCHES_PER_TOPIC = 3
-PASSES = 3
+PASSES = 4
 LEAST_COMMITS = 5
 SETTINGS: dict[str, Any] = {
     "enabled": 1,
@@ -38,6 +38,9 @@ SETTINGS: dict[str, Any] = {
     "min_episodes": 4,
     "plan_interval": 4,
     "window_episodes": 10,
+    "max_moves": 4,  # several small plans: one big one would leave nothing to see afterwards
+    "min_excess": 0.01,
+    "min_gain": 0.005,
     "vote_steps": 4,
     "staging_rows": 16,
 }

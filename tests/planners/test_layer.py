@@ -63,6 +63,13 @@ def test_the_gain_of_a_replacement_is_exact(case):
         assert gain == pytest.approx(before - peaks(heat, after), abs=1e-5 * len(placement))
 
 
+def test_a_replica_that_arrives_may_make_its_rank_the_peak():
+    # Expert 0 goes from halves to thirds: 6 and 6 to 4 each, but 4 + 5 on the rank of expert 3.
+    heat, placement = np.array([[12, 1, 1, 5]]), np.array([[0, 1], [0, 2], [2, 3]])
+    gain = replace_gain(settled(heat, placement), 2, np.int32(2), np.int32(0))
+    assert gain == pytest.approx(7 - 9)
+
+
 @given(cases())
 def test_after_many_changes_a_layer_is_still_consistent(case):
     heat, today = case
