@@ -96,6 +96,7 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{_free_port()}"
 
     def __enter__(self) -> VllmServer:
+        self._others = _vllm_segments()
         command = [str(Path(sys.executable).parent / "vllm"), "serve", self.model]
         command += [*_arguments(), "--port", self.url.rpartition(":")[2], *self._arguments]
         with self.log.open("wb") as output:
@@ -156,6 +157,9 @@ class VllmServer:
                 for pid in _group_members(self.process.pid):
                     _kill(pid)
         self.process.wait()
+        for path in _vllm_segments() - self._others:
+            if not _is_mapped(path):
+                path.unlink(missing_ok=True)
 
     def _ends_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -164,6 +168,20 @@ class VllmServer:
                 return False
             time.sleep(0.1)
         return True
+
+
+def _vllm_segments() -> set[Path]:
+    """What vLLM's workers keep in /dev/shm; `vllm serve` kills them before they can remove it."""
+    return set(Path("/dev/shm").glob("vllm_dist_*"))
+
+
+def _is_mapped(path: Path) -> bool:
+    """Whether a process that we may look at uses the segment."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path).encode() in maps.read_bytes():
+                return True
+    return False
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:
