@@ -70,6 +70,7 @@ class EngineLoop:
         )
         self._delivery: Delivery | None = None
         self._planning: Future[Proposal | None] | None = None
+        self._planned_from = -1
         self._plans = 0
         self._sequence = 1
         self._next_plan = pace.min_episodes
@@ -94,8 +95,8 @@ class EngineLoop:
         self._report_losses()
         if self._delivery is not None:
             self._follow_delivery(self._delivery)
-        elif self._epoch < 0:
-            self._read_boards()
+        elif self._epoch < 0 or any(step.epoch > self._epoch for step in steps):
+            self._read_boards()  # a round of a planner before us, or of a plan given up, came late
         for step in steps:
             self._window.add(step)
         if self._planning is not None:
@@ -142,6 +143,7 @@ class EngineLoop:
 
     def _begin_plan(self) -> None:
         self._read_boards()
+        self._planned_from = self._epoch
         self._next_plan = self._window.count + self._pace.plan_interval
         self._planning = self._executor.submit(
             self._guard.propose, self._window.heat(), self._placement
@@ -149,7 +151,13 @@ class EngineLoop:
         self._planning.add_done_callback(lambda _: self._wake())
 
     def _send(self, proposal: Proposal | None) -> None:
-        """Begin to deliver the plan; one that wins nothing or was refused is not sent."""
+        """Begin to deliver the plan; one that wins nothing or was refused is not sent.
+
+        Nor is one from a placement that is gone: a round that came late was committed meanwhile.
+        """
+        if self._epoch != self._planned_from:
+            self._next_plan = self._window.count
+            return
         if proposal is None:
             return
         plan, rounds = proposal

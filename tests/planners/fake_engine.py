@@ -65,13 +65,18 @@ class FakeEngine:
                 rank.status[Field.DROPPED_ROUND] = round_.sequence
             return
         assert round_.epoch == self.epoch
-        self.placement = check_round(round_, self.shape, self.placement)
+        self.commit(check_round(round_, self.shape, self.placement))
+        for rank in self.ranks:
+            rank.status[Field.COMMITTED_ROUND] = round_.sequence
+
+    def commit(self, placement: np.ndarray) -> None:
+        """Commit a round; on its own, one that a planner before sent and the ranks had begun."""
+        self.placement = placement
         self.epoch += 1
         for rank in self.ranks:
             rank.board.write(self.epoch, self.placement)
             rank.status.add(Field.COMMITTED)
             rank.status[Field.EPOCH] = self.epoch
-            rank.status[Field.COMMITTED_ROUND] = round_.sequence
 
     def close(self) -> None:
         self.bell.close()

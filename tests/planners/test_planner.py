@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,38 @@ def test_a_successor_resumes_from_the_boards(session, engine, caplog):
 
     logging.getLogger("flash_eplb").propagate = True
     run(scenario())
+
+
+def test_a_round_of_the_planner_before_that_comes_late_is_learned(session, engine):
+    async def scenario():
+        async with planning(session):
+            engine.step(SKEWED)
+            await asyncio.sleep(0.5)  # it has read the boards
+            engine.commit(np.ascontiguousarray(engine.placement[:, ::-1]))
+            await until(engine, lambda: engine.epoch >= 2)
+
+    run(scenario())
+
+
+def test_a_plan_from_a_placement_that_is_gone_is_made_anew(session, engine):
+    swapped = np.ascontiguousarray(engine.placement[:, ::-1])
+    seen = []
+
+    class Slow(FlashLB):
+        def plan(self, heat, placement, **options):
+            seen.append(placement.copy())
+            if len(seen) == 1:
+                engine.commit(swapped)
+                engine.step(SKEWED)
+                time.sleep(0.3)  # the loop learns of it while this plan is being made
+            return super().plan(heat, placement, **options)
+
+    async def scenario():
+        async with planning(session, Slow):
+            await until(engine, lambda: engine.epoch >= 2)
+
+    run(scenario())
+    assert (seen[1] == swapped).all()
 
 
 def test_a_refused_plan_is_given_up_and_a_later_one_sent(session, engine, caplog):

@@ -44,11 +44,20 @@ class Engine:
             assert compared == 8 * 40
             assert differing == 0
 
-    def check_until(self, done, timeout: float = 120) -> None:
+    def check_until(self, done, planner=None, timeout: float = 120) -> None:
+        """Generate until `done()`; `planner`, where one is to bring that about, must live."""
         deadline = time.monotonic() + timeout
         while not done():
-            assert time.monotonic() < deadline, self.server.text()[-3000:]
+            assert planner is None or planner.process.poll() is None, planner.text()
+            assert time.monotonic() < deadline, self.story(planner)
             self.check()
+
+    def story(self, planner) -> str:
+        """What the ranks show, what the server said beside its requests, what the planner said."""
+        shown = {field.name: self.counts(field) for field in Field}
+        said = [line for line in self.server.text().splitlines() if "HTTP/1.1" not in line]
+        told = planner.text() if planner else "no planner"
+        return "\n".join([str(shown), *said[-40:], told[-5000:]])
 
     def committed(self) -> int:
         return min(self.counts(Field.COMMITTED))
@@ -92,7 +101,7 @@ def test_tokens_are_the_same_while_plans_are_committed(engine, start_planner):
     planner = start_planner(SESSION)
     planner.wait_for("serving an engine")
     before = engine.committed()
-    engine.check_until(lambda: engine.committed() >= before + 5)
+    engine.check_until(lambda: engine.committed() >= before + 5, planner)
     engine.check(4)
     assert planner.text().count(" committed") >= 5
 
@@ -101,13 +110,13 @@ def test_a_planner_killed_in_the_middle_is_succeeded_by_another(engine, start_pl
     first = start_planner(SESSION)
     first.wait_for("serving an engine")
     before = engine.committed()
-    engine.check_until(lambda: engine.committed() > before)
+    engine.check_until(lambda: engine.committed() > before, first)
     first.end(signal.SIGKILL)
     engine.check(3)
     epoch = engine.settled()
     second = start_planner(SESSION)
     second.wait_for("serving an engine")
-    engine.check_until(lambda: engine.committed() > epoch)
+    engine.check_until(lambda: engine.committed() > epoch, second)
     assert f"resuming from epoch {epoch}" in second.text()
     assert second.end() == 0
 
@@ -117,8 +126,8 @@ def test_flashlb_evens_out_what_random_plans_left(engine, start_planner):
     before = engine.committed()
     planner = start_planner(SESSION, policy="flashlb")
     planner.wait_for("serving an engine")
-    engine.check_until(lambda: engine.committed() > before)
-    engine.check_until(lambda: "no layer is worth a move" in planner.text())
+    engine.check_until(lambda: engine.committed() > before, planner)
+    engine.check_until(lambda: "no layer is worth a move" in planner.text(), planner)
     found, left = map(float, re.search(r"of these layers (\S+) -> (\S+)", planner.text()).groups())
     assert left < found
 
