@@ -73,6 +73,7 @@ class Loader:
         self._vote_steps = vote_steps
         self._timeout_steps = timeout_steps
         self._pending: deque[Pending] = deque()
+        self._void = (0, 0)
         self._voted: Pending | None = None
         self._active: Pending | None = None
         self._after = engine.placement
@@ -135,7 +136,11 @@ class Loader:
             self._follow(round_.generation)
             while self._pending and _is_older(self._pending[0].round, round_):
                 self._drop(self._pending.popleft())
-            self._pending.append(Pending(round_identity(record), round_))
+            pending = Pending(round_identity(record), round_)
+            if _plan(round_) == self._void:
+                self._drop(pending)
+            else:
+                self._pending.append(pending)
 
     def _follow(self, generation: int) -> None:
         """Speak of this planner's rounds from now on; its sequence numbers start at one."""
@@ -155,7 +160,7 @@ class Loader:
         while self._pending:
             head = self._pending[0]
             if head.round.generation != self._plans.generation or head.round.epoch != self.epoch:
-                self._drop(self._pending.popleft())
+                self._drop_plan(head.round)
                 continue
             try:
                 self._after = check_round(head.round, self._shape, self.placement)
@@ -164,6 +169,15 @@ class Loader:
                 self._pending.popleft()
                 self._refuse(str(error), head.round)
         return None
+
+    def _drop_plan(self, round_: Round) -> None:
+        """Drop what is left of the plan of `round_`, and what still comes of it.
+
+        Commits of another plan may bring its epochs about, but not the placements it relies on.
+        """
+        self._void = _plan(round_)
+        while self._pending and _plan(self._pending[0].round) == self._void:
+            self._drop(self._pending.popleft())
 
     def _drop(self, pending: Pending) -> None:
         self._status.add(Field.STALE)
@@ -258,6 +272,7 @@ class Loader:
         assert self._active is not None
         self._status.add(Field.ABORTED)
         self._tell(Field.DROPPED_ROUND, self._active.round)
+        self._drop_plan(self._active.round)
         self._status[Field.STATE] = State.IDLE
         self._active = None
 
@@ -274,6 +289,10 @@ class Loader:
     def close(self) -> None:
         """Let the stager's thread end."""
         self._stager.close()
+
+
+def _plan(round_: Round) -> tuple[int, int]:
+    return round_.generation, round_.plan
 
 
 def _is_older(waiting: Round, new: Round) -> bool:

@@ -1,6 +1,7 @@
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,35 @@ def test_a_round_from_another_epoch_is_stale(cluster):
     group.tick_until(lambda: all(rank.segment.status[Field.STALE] for rank in group.ranks))
     assert all(rank.segment.status[Field.STALE] == 1 for rank in group.ranks)
     assert all(rank.segment.status[Field.DROPPED_ROUND] == 1 for rank in group.ranks)
+
+
+def test_the_rest_of_a_plan_that_lost_a_round_is_never_started(cluster):
+    """Its epochs may come true by another plan's commits, but not the placements they stand for."""
+    group = cluster()
+    other = swap(0, (1, 0, 1), (4, 1, 1))
+    third = swap(2, (2, 0, 2), (5, 1, 2))
+    group.send(group.record(SWAP, plan=1, sequence=1, epoch=0))
+    group.tick_until(lambda: group.ranks[0].loader._active is not None)  # then it is given up
+    group.send(group.record(other, plan=2, sequence=2, epoch=0, last=False))
+    group.send(group.record(third, plan=2, sequence=3, epoch=1))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    for _ in range(20):
+        group.tick(2)
+        time.sleep(0.005)
+    for rank in group.ranks:
+        status = rank.segment.status
+        assert status[Field.COMMITTED] == 1
+        assert (status[Field.STALE], status[Field.REFUSED]) == (2, 0)
+        assert status[Field.DROPPED_ROUND] == 3
+    group.send(group.record(other, plan=3, sequence=4, epoch=1))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
+    group.check_consistent()
+
+
+def test_a_round_of_a_void_plan_that_comes_late_is_dropped(cluster):
+    group = cluster()
+    group.send(group.record(SWAP, plan=1, sequence=1, epoch=7, last=False))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.DROPPED_ROUND] == 1)
+    group.send(group.record(SWAP, plan=1, sequence=2, epoch=0))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.DROPPED_ROUND] == 2)
+    assert all(rank.segment.status[Field.COMMITTED] == 0 for rank in group.ranks)

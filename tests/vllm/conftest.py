@@ -28,6 +28,7 @@ SETTINGS = {
     "window_episodes": 10,
     "vote_steps": 2,
     "staging_rows": 16,
+    "plan_timeout_steps": 300,  # a plan that hangs is given up, and says so, within a test
 }
 
 
@@ -125,7 +126,12 @@ class PlannerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a scheduling group of its own, as in a user's other shell
             )
+
+    def waited(self) -> float:
+        """Seconds for which it was ready to run and had no core."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
 
     def text(self) -> str:
         return self.log.read_text()

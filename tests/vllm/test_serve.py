@@ -44,7 +44,7 @@ class Engine:
             assert compared == 8 * 40
             assert differing == 0
 
-    def check_until(self, done, planner=None, timeout: float = 120) -> None:
+    def check_until(self, done, planner=None, timeout: float = 240) -> None:
         """Generate until `done()`; `planner`, where one is to bring that about, must live."""
         deadline = time.monotonic() + timeout
         while not done():
@@ -56,8 +56,12 @@ class Engine:
         """What the ranks show, what the server said beside its requests, what the planner said."""
         shown = {field.name: self.counts(field) for field in Field}
         said = [line for line in self.server.text().splitlines() if "HTTP/1.1" not in line]
-        told = planner.text() if planner else "no planner"
-        return "\n".join([str(shown), *said[-40:], told[-5000:]])
+        told = "no planner"
+        if planner:
+            told = (
+                f"the planner waited {planner.waited():.0f} s for a core\n{planner.text()[-5000:]}"
+            )
+        return "\n".join([str(shown), *said[-40:], told])
 
     def committed(self) -> int:
         return min(self.counts(Field.COMMITTED))
