@@ -26,8 +26,8 @@ EFFORTS = {
         kicks=0,
     ),
     "balanced": _effort(
-        (0.3, 1.5),
-        (1, 1.15, 1.3, 1.5, 1.75),
+        (0.67,),
+        (1, 1.1, 1.2, 1.3, 1.5, 1.75),
         starts=2,
         checks=12,
         partners=16,
@@ -61,7 +61,7 @@ def effort_of(name: str, slots: int, episodes: int) -> Effort:
     """The effort `name` for layers of `slots` slots, on all ranks together, over `episodes`."""
     if slots > SMALL:
         return EFFORTS[name]
-    kicks = 400
+    kicks = 800
     if name != "thorough":
         kicks = min(100, KICK_WORK // (slots * max(1, episodes)))
     return EFFORTS["thorough"]._replace(starts=16 if kicks else 4, kicks=kicks)

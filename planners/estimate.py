@@ -5,61 +5,72 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .layer import FAST, HARM_LEVELS, width
+from .layer import FAST, INLINE, width
+
+NEAR, FAR, FARTHEST = 1 / 32, 1 / 8, 1 / 2
+"""Amounts of heat for which the harm to a rank is measured, as shares of the heaviest replica."""
 
 
 @njit(**FAST)
-def measure_all(layer, level, bins):
+def measure_all(layer, heaviest):
     """`measure_rank` for every rank."""
     for rank in range(len(layer.placement)):
-        measure_rank(layer, rank, level, bins)
+        measure_rank(layer.top, layer.loads, layer.harm, layer.head, rank, heaviest)
 
 
 @njit(**FAST)
-def measure_rank(layer, rank, level, bins):
-    """Set harm[rank, i]: what i * level more heat on `rank` in every episode would cost.
+def measure_rank(top, loads, harm, head, rank, heaviest):
+    """Set harm[rank] and head[rank] from the loads; `heaviest` is the heat of a replica.
 
-    And head[rank, q], its room under the peak in each stretch of episodes, added up. `bins` is
-    room to work in, float32[2, HARM_LEVELS].
+    What more heat in every episode costs is convex and piecewise linear. Two lines stand for it:
+    harm[rank] has the slope of each and the heat at which it begins, and last the harm of FAR.
+    head[rank, q] is the room under the peak in each stretch of episodes, added up.
     """
-    episodes = layer.loads.shape[1]
-    stretches = layer.head.shape[1]
+    episodes = loads.shape[1]
+    near, far = np.float32(NEAR) * heaviest, np.float32(FAR) * heaviest
+    farthest = np.float32(FARTHEST) * heaviest
+    one = two = three = np.float32(0)
+    for t in range(episodes):
+        room = top[0, t] - loads[rank, t]
+        first, second, third = near - room, far - room, farthest - room
+        one += first if first > 0 else np.float32(0)
+        two += second if second > 0 else np.float32(0)
+        three += third if third > 0 else np.float32(0)
+    harm[rank, 0], harm[rank, 1] = _line(near, one, far, two)
+    harm[rank, 2], harm[rank, 3] = _line(far, two, farthest, three)
+    harm[rank, 4] = two
+    stretches = head.shape[1]
     long = width(episodes, stretches)
-    per_level = np.float32(1) / level
-    bins[:] = 0
     for q in range(stretches):
+        first = np.uintp(q * long)
         total = np.float32(0)
-        for t in range(q * long, min((q + 1) * long, episodes)):
-            room = layer.top[0, t] - layer.loads[rank, t]
-            total += room
-            at = room * per_level
-            if at < HARM_LEVELS - 1:
-                bins[0, int(at) + 1] += 1
-                bins[1, int(at) + 1] += room
-        layer.head[rank, q] = total
-    count = total = np.float32(0)
-    for i in range(HARM_LEVELS):
-        count += bins[0, i]
-        total += bins[1, i]
-        layer.harm[rank, i] = level * i * count - total
+        for t in range(min(long, episodes - q * long)):
+            total += top[0, first + np.uintp(t)] - loads[rank, first + np.uintp(t)]
+        head[rank, q] = total
 
 
-@njit(**FAST)
-def harm_of(layer, rank, more, per_level):
-    """Cost of `more` heat on `rank` in every episode, between two levels of its harm."""
-    at = more * per_level
-    i = min(int(at), HARM_LEVELS - 2)
-    low, high = layer.harm[rank, i], layer.harm[rank, i + 1]
-    return low + (at - i) * (high - low)
+@njit(**INLINE)
+def _line(x, y, other_x, other_y):
+    """Slope and zero of the line through two points; 0, 0 if it is flat."""
+    slope = (other_y - y) / (other_x - x)
+    return slope, (x - y / slope if slope > 0 else np.float32(0))
 
 
-@njit(**FAST)
-def overflow(layer, rank, expert, share, other_expert, other_share):
+@njit(**INLINE)
+def harm_of(harm, rank, more):
+    """Cost of `more` heat on `rank` in every episode, as the two lines of its harm have it."""
+    low = harm[rank, 0] * (more - harm[rank, 1])
+    high = harm[rank, 2] * (more - harm[rank, 3])
+    high = high if high > low else low
+    return high if high > 0 else np.float32(0)
+
+
+@njit(**INLINE)
+def overflow(coarse, head, rank, expert, share, other_expert, other_share):
     """Heat above the room of `rank`, over all stretches, if it takes the one for the other."""
     total = np.float32(0)
-    for q in range(layer.head.shape[1]):
-        over = layer.coarse[expert, q] * share - layer.coarse[other_expert, q] * other_share
-        over -= layer.head[rank, q]
+    for q in range(head.shape[1]):
+        over = coarse[expert, q] * share - coarse[other_expert, q] * other_share - head[rank, q]
         total += over if over > 0 else np.float32(0)
     return total
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
 from .efforts import EFFORTS, effort_of
 from .memory import Memory, is_alike
 from .par import episode_par
-from .plan import Plan, align_all, make_plan
+from .plan import Plan, align_all, make_plan, plan_between
 from .routing import weigh_layer
 from .search import Terms, measure, search_layers
 
@@ -212,18 +211,11 @@ class FlashLB:
         columns = np.ones(wanted.shape, np.int16)
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
-        wanted = align_all(window.today, wanted)
+        wanted = align_all(window.today, wanted, window.tokens.shape[2])
         if self.routing == "weighted":
             self._weigh(window.tokens, wanted, columns, after)
         self._planned = wanted.copy()
-        plan = make_plan(
-            window.today,
-            wanted,
-            par_before=before,
-            par_after=after,
-            ranks_per_node=self.ranks_per_node,
-        )
-        return replace(plan, columns=columns)
+        return plan_between(window.today, wanted, before, after, columns, self.ranks_per_node)
 
     def _promise(
         self, offers: list[_Offer], taken: dict[int, _Offer], curbed: bool, every_layer: bool
@@ -334,6 +326,8 @@ class FlashLB:
         moves = np.empty(len(layers), np.int64)
         for kept, alike in product((False, True), repeat=2):
             mine = (window.kept[layers] == kept) & (window.alike[layers] == alike)
+            if not mine.any():
+                continue
             heat, weights = window.with_past() if alike else window.alone()
             price = terms.price * (1 if kept else FIRST_SHARE)
             search = partial(search_layers, heat, weights, window.today)

@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit
 
 from .estimate import enter, harm_of, measure_all, measure_rank
-from .layer import FAST, HARM_LEVELS, moved, replace, replace_gain
-from .swaps import even_out, new_desk, swap_one
+from .layer import FAST, moved, replace, replace_gain
+from .swaps import even_out, lay_out, lay_out_again, new_desk, swap_one
 
 REPLACES = 2
 """Changes of replica counts before each sweep of swaps."""
@@ -38,38 +38,41 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         least: PAR that a step must win on top of its price.
     """
     ranks = len(layer.placement)
-    level = np.float32(0.5 / (HARM_LEVELS - 1)) * (layer.mean * layer.share).max()
-    if ranks < 2 or level <= 0:
+    heaviest = (layer.mean * layer.share).max()
+    if ranks < 2 or heaviest <= 0:
         return
     stuck = np.zeros(ranks, np.bool_)
     room = most_moves - moved(layer)
-    bins = np.empty((2, HARM_LEVELS), np.float32)
     desk = new_desk(layer, partners, checks)
     swaps = 0
+    even_out(layer, price, room)
+    room = most_moves - moved(layer)
     for _ in range(sweeps):
-        measure_all(layer, level, bins)
+        measure_all(layer, heaviest)
         steps = 0
         for _ in range(REPLACES if swaps == 0 else 0):
-            spent = _replace_one(layer, level, price, room, checks, least)
+            spent = _replace_one(layer, price, room, checks, least)
             if spent == _NONE:
                 break
             room -= spent
             steps += 1
             stuck[:] = False
-            measure_all(layer, level, bins)
-        others = np.argsort(layer.harm[:, HARM_LEVELS // 2])[:partners]
+            measure_all(layer, heaviest)
+        others = np.argsort(layer.harm[:, 4])[:partners]
+        n = lay_out(layer, others, desk)
         swaps = 0
         for rank in _by_margin(layer, WORTHWHILE * least):
             if stuck[rank]:
                 continue
-            other, spent = swap_one(layer, rank, others, level, price, room, desk, least)
+            other, spent = swap_one(layer, rank, n, price, room, desk, least)
             stuck[rank] = other < 0
             if other >= 0:
                 room -= spent
                 swaps += 1
                 stuck[other] = False
-                measure_rank(layer, rank, level, bins)
-                measure_rank(layer, other, level, bins)
+                for changed in (rank, other):
+                    measure_rank(layer.top, layer.loads, layer.harm, layer.head, changed, heaviest)
+                lay_out_again(layer, others, rank, other, desk)
         if steps + swaps == 0:
             if even_out(layer, price, room) == 0:
                 return
@@ -86,48 +89,31 @@ def _by_margin(layer, least):
 
 
 @njit(**FAST)
-def _replace_one(layer, level, price, room, checks, least):
+def _replace_one(layer, price, room, checks, least):
     """Carry out the best replacement of a spare replica: the moves spent, or _NONE."""
     placement, held, home = layer.placement, layer.held, layer.home
-    counts, share, mean = layer.counts, layer.share, layer.mean
-    ranks, slots = placement.shape
-    per_level = np.float32(1) / level
+    counts, mean, harm = layer.counts, layer.mean, layer.harm
     saved = _saved(layer)
-    hurt = np.zeros(len(counts), np.float32)  # by a lost replica, on all ranks that hold one
-    own = np.zeros((ranks, slots), np.float32)
-    for rank in range(ranks):
-        for slot in range(slots):
-            a = placement[rank, slot]
-            if counts[a] > 1:
-                own[rank, slot] = harm_of(
-                    layer, rank, mean[a] * share[a] / (counts[a] - 1), per_level
-                )
-                hurt[a] += own[rank, slot]
+    spare, unit, lost = _spare_slots(layer)
     gains = np.empty(checks, np.float32)
     steps = np.empty((checks, 3), np.int32)
     filled, bar = 0, np.float32(least)
     for b in _hottest(saved, bar):
         if saved[b] <= bar:
             break
-        unit = mean[b] / (counts[b] + 1)
-        for rank in range(ranks):
-            if held[rank, b]:
+        arriving = mean[b] / (counts[b] + 1)
+        for i in range(len(spare)):
+            gain = saved[b] - lost[i]
+            if gain <= bar:
                 continue
-            for slot in range(slots):
-                a = placement[rank, slot]
-                if counts[a] < 2:
-                    continue
-                moves = home[rank, a] - home[rank, b]
-                gain = saved[b] - hurt[a] + own[rank, slot] - price * moves
-                if gain <= bar or moves > room:
-                    continue
-                shift = unit - mean[a] * share[a]
-                if shift > 0:
-                    gain -= harm_of(layer, rank, shift, per_level)
-                if gain > bar:
-                    filled = enter(gains, steps, filled, gain, rank, slot, b)
-                    if filled == checks:
-                        bar = gains[checks - 1]
+            rank, slot, a = spare[i]
+            moves = home[rank, a] - home[rank, b]
+            gain -= price * moves + harm_of(harm, rank, arriving - unit[i])
+            if gain <= bar or moves > room or held[rank, b]:
+                continue
+            filled = enter(gains, steps, filled, gain, rank, slot, b)
+            if filled == checks:
+                bar = gains[checks - 1]
     best, chosen, spent = np.float32(least), -1, _NONE
     for i in range(filled):
         rank, slot, b = steps[i]
@@ -140,6 +126,35 @@ def _replace_one(layer, level, price, room, checks, least):
         rank, slot, b = steps[chosen]
         replace(layer, rank, slot, b)
     return spent
+
+
+@njit(**FAST)
+def _spare_slots(layer):
+    """Replicas of experts that have others: what they weigh, and what is lost without them.
+
+    Returns:
+        (rank, slot and expert int32[n, 3]; heat float32[n]; the harm of one replica less on the
+        other ranks that hold the expert float32[n]).
+    """
+    placement, counts, mean = layer.placement, layer.counts, layer.mean
+    ranks, slots = placement.shape
+    spare = np.empty((ranks * slots, 3), np.int32)
+    unit = np.empty(ranks * slots, np.float32)
+    lost = np.empty(ranks * slots, np.float32)
+    hurt = np.zeros(len(counts), np.float32)
+    n = 0
+    for rank in range(ranks):
+        for slot in range(slots):
+            a = placement[rank, slot]
+            if counts[a] > 1:
+                spare[n, 0], spare[n, 1], spare[n, 2] = rank, slot, a
+                unit[n] = mean[a] * layer.share[a]
+                lost[n] = harm_of(layer.harm, rank, unit[n] / (counts[a] - 1))
+                hurt[a] += lost[n]
+                n += 1
+    for i in range(n):
+        lost[i] = hurt[spare[i, 2]] - lost[i]
+    return spare[:n], unit[:n], lost[:n]
 
 
 @njit(**FAST)

@@ -14,6 +14,9 @@ from numba import njit
 FAST = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 """How kernels of the search are compiled; heat is finite, so fastmath changes only rounding."""
 
+INLINE = {**FAST, "inline": "always"}
+"""The same for small ones: a call that hands over a whole layer takes longer than they do."""
+
 
 class Layer(NamedTuple):
     """The arrays of one layer's search; E experts, T episodes, R ranks, S slots.
@@ -31,7 +34,7 @@ class Layer(NamedTuple):
         loads: float32[R, T].
         top: float32[3, T], the three highest loads of each episode.
         at: int32[3, T], the ranks that bear them.
-        harm: float32[R, HARM_LEVELS], see `estimate.measure_rank`.
+        harm: float32[R, 5], see `estimate.measure_rank`.
         head: float32[R, Q], mean room under the highest load in each stretch.
     """
 
@@ -51,14 +54,14 @@ class Layer(NamedTuple):
     head: np.ndarray
 
 
-HARM_LEVELS = 16
-"""Amounts of heat for which the harm to a rank is known."""
-
 STRETCHES = 16
 """Stretches of episodes for which the room of a rank is known."""
 
 BLOCK = 16
 """Floats in a cache line."""
+
+SCALAR = 10
+"""Times that an episode takes longer in `highest_of` than in `find_highest`."""
 
 
 @njit(**FAST)
@@ -69,9 +72,13 @@ def merge(heat, most):
     stretches = width(episodes, long)
     merged = np.zeros((experts, stretches), np.float32)
     for q in range(stretches):
+        first = np.uintp(q * long)  # unsigned: the compiler need not look for negative indices
+        count = min(long, episodes - q * long)
         for expert in range(experts):
-            for t in range(q * long, min((q + 1) * long, episodes)):
-                merged[expert, q] += heat[expert, t]
+            total = np.float32(0)
+            for t in range(count):
+                total += heat[expert, first + np.uintp(t)]
+            merged[expert, q] = total
     return merged
 
 
@@ -109,7 +116,7 @@ def new_layer(by_episode, home, ranks, slots):
         np.empty((ranks, episodes), np.float32),
         np.empty((3, episodes), np.float32),
         np.empty((3, episodes), np.int32),
-        np.empty((ranks, HARM_LEVELS), np.float32),
+        np.empty((ranks, 5), np.float32),
         np.empty((ranks, coarse.shape[1]), np.float32),
     )
 
@@ -119,10 +126,11 @@ def _transposed(values):
     """A copy of float32[m, n] as [n, m], made in blocks that stay in the cache."""
     rows, columns = values.shape
     out = np.empty((columns, rows), np.float32)
-    for first in range(0, columns, BLOCK):
+    for block in range(0, columns, BLOCK):
+        first, count = np.uintp(block), min(BLOCK, columns - block)
         for row in range(rows):
-            for column in range(first, min(first + BLOCK, columns)):
-                out[column, row] = values[row, column]
+            for column in range(count):
+                out[first + np.uintp(column), row] = values[row, first + np.uintp(column)]
     return out
 
 
@@ -149,12 +157,32 @@ def sum_loads(layer):
         for expert in layer.placement[rank]:
             for t in range(layer.loads.shape[1]):
                 layer.loads[rank, t] += layer.heat[expert, t] * layer.share[expert]
-    for t in range(layer.loads.shape[1]):
-        rank_highest(layer, t)
+    find_highest(layer)
 
 
 @njit(**FAST)
-def rank_highest(layer, t):
+def find_highest(layer):
+    """The three highest loads of all episodes; the compiler vectorises it over the episodes."""
+    loads, top, at = layer.loads, layer.top, layer.at
+    top[:] = -1
+    at[:] = -1
+    for rank in range(len(loads)):
+        here = np.int32(rank)
+        for t in range(loads.shape[1]):
+            load = loads[rank, t]
+            first, second, third = top[0, t], top[1, t], top[2, t]
+            at_first, at_second, at_third = at[0, t], at[1, t], at[2, t]
+            one, two, three = load > first, load > second, load > third
+            top[2, t] = second if two else (load if three else third)
+            at[2, t] = at_second if two else (here if three else at_third)
+            top[1, t] = first if one else (load if two else second)
+            at[1, t] = at_first if one else (here if two else at_second)
+            top[0, t] = load if one else first
+            at[0, t] = here if one else at_first
+
+
+@njit(**FAST)
+def highest_of(layer, t):
     """The three highest loads of episode `t`."""
     loads = layer.loads
     first = second = third = np.float32(-1)
@@ -180,19 +208,22 @@ def peak(layer):
     return layer.top[0].sum()
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def swap_gain(layer, rank, expert, other, other_expert):
     """What it wins if `expert` on `rank` and `other_expert` on `other` change places."""
     heat, loads, top, at = layer.heat, layer.loads, layer.top, layer.at
     share, other_share = layer.share[expert], layer.share[other_expert]
+    mine, theirs = np.int32(rank), np.int32(other)  # of the width of `at`, or half the speed
     gain = np.float32(0)
     for t in range(heat.shape[1]):
         shift = heat[expert, t] * share - heat[other_expert, t] * other_share
         here, there = loads[rank, t] - shift, loads[other, t] + shift
+        first, second, third = top[0, t], top[1, t], top[2, t]  # at once: branches hold it up
+        at_first, at_second = at[0, t], at[1, t]
         high = here if here > there else there
-        rest = top[1, t] if (at[1, t] != rank) & (at[1, t] != other) else top[2, t]
-        rest = top[0, t] if (at[0, t] != rank) & (at[0, t] != other) else rest
-        gain += top[0, t] - (high if high > rest else rest)
+        rest = third if (at_second == mine) | (at_second == theirs) else second
+        rest = rest if (at_first == mine) | (at_first == theirs) else first
+        gain += first - (high if high > rest else rest)
     return gain
 
 
@@ -204,17 +235,28 @@ def swap(layer, rank, slot, other, other_slot):
     layer.held[rank, expert] = layer.held[other, other_expert] = 0
     layer.held[rank, other_expert] = layer.held[other, expert] = 1
     share, other_share = layer.share[expert], layer.share[other_expert]
-    for t in range(layer.heat.shape[1]):
-        shift = layer.heat[expert, t] * share - layer.heat[other_expert, t] * other_share
-        layer.loads[rank, t] -= shift
-        layer.loads[other, t] += shift
-    top, at = layer.top, layer.at
-    for t in range(layer.heat.shape[1]):
-        among = (at[0, t] == rank) | (at[1, t] == rank) | (at[2, t] == rank)
-        among |= (at[0, t] == other) | (at[1, t] == other) | (at[2, t] == other)
-        above = (layer.loads[rank, t] > top[2, t]) | (layer.loads[other, t] > top[2, t])
-        if among | above:
-            rank_highest(layer, t)
+    heat, loads, top, at = layer.heat, layer.loads, layer.top, layer.at
+    mine, theirs = np.int32(rank), np.int32(other)
+    changed = 0
+    for t in range(heat.shape[1]):
+        shift = heat[expert, t] * share - heat[other_expert, t] * other_share
+        loads[rank, t] -= shift
+        loads[other, t] += shift
+        changed += _is_touched(loads, top, at, t, mine, theirs)
+    if changed * SCALAR > heat.shape[1]:
+        find_highest(layer)
+        return
+    for t in range(heat.shape[1]):
+        if _is_touched(loads, top, at, t, mine, theirs):
+            highest_of(layer, t)
+
+
+@njit(**INLINE)
+def _is_touched(loads, top, at, t, rank, other):
+    """Whether a change of two ranks' loads may have changed the three highest of episode `t`."""
+    among = (at[0, t] == rank) | (at[1, t] == rank) | (at[2, t] == rank)
+    among |= (at[0, t] == other) | (at[1, t] == other) | (at[2, t] == other)
+    return among | (loads[rank, t] > top[2, t]) | (loads[other, t] > top[2, t])
 
 
 @njit(**FAST)
@@ -258,8 +300,7 @@ def replace(layer, rank, slot, arriving):
     layer.counts[arriving] += 1
     for expert in (leaving, arriving):
         layer.share[expert] = np.float32(1) / layer.counts[expert]
-    for t in range(loads.shape[1]):
-        rank_highest(layer, t)
+    find_highest(layer)
 
 
 @njit(**FAST)

@@ -8,7 +8,7 @@ from numba import njit
 from .layer import FAST
 
 BAND = 64
-"""Ranks compared for each replica; with more ranks, bands of them take turns."""
+"""Ranks compared for each expert; with more ranks, bands of them take turns."""
 
 FULL = np.float32(1e30)
 """Cost of a rank that cannot take the expert."""
@@ -27,101 +27,120 @@ def place(heat, counts, ranks, slots):
         counts: int32[experts], from 1 to ranks each, ranks * slots in all.
         ranks, slots: shape of the placement.
     """
-    experts, episodes = heat.shape
     placement = np.full((ranks, slots), -1, np.int32)
     filled = np.zeros(ranks, np.int32)
-    held = np.zeros((ranks, experts), np.int8)
-    rows = -(-episodes // 4) * 4  # four at a time; the last ones may be empty
-    loads = np.zeros((rows, ranks), np.float32)
-    closed = np.zeros(ranks, np.float32)  # FULL if there is no free slot, or the expert is there
-    cost = np.empty(ranks, np.float32)
-    unit = np.zeros((experts, rows), np.float32)
-    weight = np.zeros(experts, np.float32)
-    for expert in range(experts):
-        share = np.float32(1) / counts[expert]
-        for t in range(episodes):
-            unit[expert, t] = heat[expert, t] * share
-            weight[expert] += unit[expert, t]
     bands = -(-ranks // BAND)
-    band = 0
-    for expert in np.argsort(-weight):
+    wide = -(-ranks // bands)
+    rows = -(-heat.shape[1] // 4) * 4  # four at a time; the last ones may be empty
+    loads = np.zeros((bands, rows, wide), np.float32)
+    cost = np.empty((bands, wide), np.float32)  # of the expert at hand, on each rank
+    closed = np.zeros((bands, wide), np.float32)  # FULL if there is no free slot
+    for rank in range(ranks, bands * wide):
+        closed[rank // wide, rank % wide] = FULL
+    unit, weight = _units(heat, counts, rows)
+    for turn, expert in enumerate(np.argsort(weight)):
+        known = 0  # bands of which the cost is known
         for _ in range(counts[expert]):
             rank = -1
-            for _ in range(bands):
-                band = (band + 1) % bands
-                first, end = band * ranks // bands, (band + 1) * ranks // bands
-                rank = _best_of(loads, unit[expert], closed, cost, first, end)
-                if rank >= 0:
+            for tried in range(bands):
+                band = (turn + tried) % bands
+                if tried == known:
+                    known += 1
+                    for i in range(wide):
+                        cost[band, i] = closed[band, i]
+                    for t in range(0, rows, 4):
+                        a, b = unit[expert, t], unit[expert, t + 1]
+                        c, d = unit[expert, t + 2], unit[expert, t + 3]
+                        for i in range(wide):
+                            low = loads[band, t, i] * a + loads[band, t + 1, i] * b
+                            high = loads[band, t + 2, i] * c + loads[band, t + 3, i] * d
+                            cost[band, i] += low + high
+                least = FULL
+                for i in range(wide):
+                    least = cost[band, i] if cost[band, i] < least else least
+                if least < FULL:
+                    i = 0
+                    while cost[band, i] != least:
+                        i += 1
+                    rank = band * wide + i
                     break
             if rank < 0:
-                rank = _hand_over(placement, filled, closed, held, loads, unit, expert)
+                rank = _hand_over(placement, filled, closed, loads, unit, expert)
+            band, i = rank // wide, rank % wide
             placement[rank, filled[rank]] = expert
             filled[rank] += 1
-            closed[rank] = FULL
-            held[rank, expert] = 1
-            for t in range(episodes):
-                loads[t, rank] += unit[expert, t]
-        for rank in range(ranks):
-            if filled[rank] < slots:
-                closed[rank] = 0
+            cost[band, i] = FULL
+            for t in range(rows):
+                loads[band, t, i] += unit[expert, t]
+            if filled[rank] == slots:
+                closed[band, i] = FULL
+    return placement, _peaks(loads)
+
+
+@njit(**FAST)
+def _units(heat, counts, rows):
+    """(float32[experts, rows], heat of one replica; float32[experts], minus its sum)."""
+    experts, episodes = heat.shape
+    unit = np.zeros((experts, rows), np.float32)
+    weight = np.empty(experts, np.float32)
+    for expert in range(experts):
+        share = np.float32(1) / counts[expert]
+        total = np.float32(0)
+        for t in range(episodes):
+            unit[expert, t] = heat[expert, t] * share
+            total += unit[expert, t]
+        weight[expert] = -total
+    return unit, weight
+
+
+@njit(**FAST)
+def _peaks(loads):
+    """The highest loads of all episodes, added up."""
+    bands, rows, wide = loads.shape
     total = np.float32(0)
-    for t in range(episodes):
-        total += loads[t].max()
-    return placement, total
+    for t in range(rows):
+        high = np.float32(0)
+        for band in range(bands):
+            for i in range(wide):
+                high = loads[band, t, i] if loads[band, t, i] > high else high
+        total += high
+    return total
 
 
 @njit(**FAST)
-def _best_of(loads, unit, closed, cost, first, end):
-    """The rank from `first` to `end` with the least inner product of load and unit; -1 if closed.
-
-    `cost` is room to work in, float32[ranks].
-    """
-    for rank in range(first, end):
-        cost[rank] = closed[rank]
-    for t in range(0, len(unit), 4):
-        a, b, c, d = unit[t], unit[t + 1], unit[t + 2], unit[t + 3]
-        for rank in range(first, end):
-            low = loads[t, rank] * a + loads[t + 1, rank] * b
-            cost[rank] += low + loads[t + 2, rank] * c + loads[t + 3, rank] * d
-    least = FULL
-    for rank in range(first, end):  # in two passes, which the compiler vectorises
-        least = cost[rank] if cost[rank] < least else least
-    for rank in range(first, end):
-        if cost[rank] == least and least < FULL:
-            return rank
-    return -1
-
-
-@njit(**FAST)
-def _hand_over(placement, filled, closed, held, loads, unit, expert):
+def _hand_over(placement, filled, closed, loads, unit, expert):
     """Free a slot on a rank without `expert`, that with the least load; the rank.
 
     One of its experts goes to a rank with a free slot. There always is one to go: the rank is
     full, the other is not, so it holds an expert more that the other does not, besides `expert`.
     """
-    slots = placement.shape[1]
+    ranks, slots = placement.shape
+    wide = loads.shape[2]
     taker = 0
     while filled[taker] == slots:
         taker += 1
     giver, least = -1, np.float32(0)
-    for rank in range(len(placement)):
-        load = loads[:, rank].sum()
-        if not held[rank, expert] and (giver < 0 or load < least):
+    for rank in range(ranks):
+        load = loads[rank // wide, :, rank % wide].sum()
+        if (giver < 0 or load < least) and not _holds(placement[rank], expert):
             giver, least = rank, load
-    chosen = -1
-    for slot in range(slots):
-        if not held[taker, placement[giver, slot]]:
-            chosen = slot  # the last one is the lightest
+    chosen = slots - 1  # the last one is the lightest
+    while _holds(placement[taker], placement[giver, chosen]):
+        chosen -= 1
     leaving = placement[giver, chosen]
-    for t in range(len(loads)):
-        loads[t, giver] -= unit[leaving, t]
-        loads[t, taker] += unit[leaving, t]
+    for t in range(loads.shape[1]):
+        loads[giver // wide, t, giver % wide] -= unit[leaving, t]
+        loads[taker // wide, t, taker % wide] += unit[leaving, t]
     placement[taker, filled[taker]] = leaving
-    held[taker, leaving], held[giver, leaving] = 1, 0
     filled[taker] += 1
     if filled[taker] == slots:
-        closed[taker] = FULL
+        closed[taker // wide, taker % wide] = FULL
     filled[giver] -= 1
     placement[giver, chosen] = placement[giver, filled[giver]]
     placement[giver, filled[giver]] = -1
     return giver
+
+
+@njit(**FAST)
+def _holds(experts, expert):
+    return (experts == expert).any()

@@ -140,15 +140,30 @@ def make_plan(
             raise ValueError(f"{name} has shape {value.shape}; it must be {before.shape[:1]}")
     if ranks_per_node is not None and ranks_per_node < 1:
         raise ValueError(f"ranks_per_node is {ranks_per_node}; it must be at least 1")
-    layers = _by_gain(before, placement, *pars)
     columns = np.ones(before.shape, np.int16)
-    return Plan(before, placement, layers, pars[0], pars[1], columns, ranks_per_node)
+    return plan_between(before, placement, pars[0], pars[1], columns, ranks_per_node)
 
 
-def align_all(before: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def plan_between(
+    before: np.ndarray,
+    placement: np.ndarray,
+    par_before: np.ndarray,
+    par_after: np.ndarray,
+    columns: np.ndarray,
+    ranks_per_node: int | None,
+) -> Plan:
+    """`make_plan` for what is known to be right: placements int32, valid, aligned; no checks."""
+    layers = _by_gain(before, placement, par_before, par_after)
+    return Plan(before, placement, layers, par_before, par_after, columns, ranks_per_node)
+
+
+def align_all(before: np.ndarray, wanted: np.ndarray, experts: int) -> np.ndarray:
     """`align` for int32[layers, ranks, slots], both valid: no checks."""
-    placement = np.array(wanted, dtype=np.int32, order="C")
-    align_layers(before, placement, int(before.max()) + 1 if before.size else 0)
+    placement = wanted.copy()
+    changed = np.flatnonzero((before != wanted).any(axis=(1, 2)))
+    aligned = placement[changed]
+    align_layers(before[changed], aligned, experts)
+    placement[changed] = aligned
     return placement
 
 

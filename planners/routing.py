@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .layer import FAST, new_layer, peak, rank_highest, settle
+from .layer import FAST, find_highest, new_layer, peak, settle
 from .scale import scale_heat
 
 FIRST_COLUMNS = 16
@@ -95,8 +95,7 @@ def _share_loads(layer, columns, totals):
             share = np.float32(columns[rank, slot]) / totals[expert]
             for t in range(layer.loads.shape[1]):
                 layer.loads[rank, t] += layer.heat[expert, t] * share
-    for t in range(layer.loads.shape[1]):
-        rank_highest(layer, t)
+    find_highest(layer)
 
 
 @njit(**FAST)
@@ -208,7 +207,7 @@ def _shift(layer, columns, expert, rank, slot, other, other_slot, amount, totals
         shift = layer.heat[expert, t] * np.float32(amount / totals[expert])
         layer.loads[rank, t] -= shift
         layer.loads[other, t] += shift
-        rank_highest(layer, t)
+    find_highest(layer)
 
 
 @njit(**FAST)

@@ -13,6 +13,9 @@ BURST = 4.0
 BURST_SHARE = 0.5
 """Share of a burst that is planned for: it seldom comes again, yet experts that burst once do."""
 
+SAFE = 1e-290
+"""Sums of tokens between this and its inverse can be divided by without a thought."""
+
 FEWEST = 8
 """Episodes from which on one can tell a burst."""
 
@@ -34,19 +37,25 @@ def scale_heat(heat, layer, ranks):
     idle = 0
     for t in range(episodes):
         tokens = heat[t, layer]
-        most = 0.0
+        total = 0.0
         for expert in range(experts):
-            most = tokens[expert] if tokens[expert] > most else most
+            total += tokens[expert]
+        if SAFE < total < 1 / SAFE:
+            factor = ranks / total
+            for expert in range(experts):
+                scaled[t, expert] = tokens[expert] * factor
+            continue
+        most = tokens.max()
         if most <= 0:
             idle += 1
             continue
         scale = min(1.0 / most, 1e300)  # the sum of the tokens themselves may overflow
         total = 0.0
         for expert in range(experts):
-            total += tokens[expert] * scale
-        factor = ranks / total
+            scaled[t, expert] = tokens[expert] * scale
+            total += scaled[t, expert]
         for expert in range(experts):
-            scaled[t, expert] = tokens[expert] * scale * factor
+            scaled[t, expert] *= np.float32(ranks / total)
     return scaled, idle
 
 
@@ -124,19 +133,21 @@ def peaks_of(scaled, placement):
     episodes, experts = scaled.shape
     ranks, slots = placement.shape
     share = np.zeros(experts, np.float32)
-    for expert in placement.flat:
-        share[expert] += 1
+    for rank in range(ranks):
+        for slot in range(slots):
+            share[placement[rank, slot]] += 1
     for expert in range(experts):
         share[expert] = 1 / share[expert]
     unit = np.empty(experts, np.float32)
-    loads = np.empty(ranks, np.float32)
     peaks = np.empty(episodes, np.float32)
     for t in range(episodes):
         for expert in range(experts):
             unit[expert] = scaled[t, expert] * share[expert]
-        loads[:] = 0
+        high = np.float32(0)
         for rank in range(ranks):
+            load = np.float32(0)
             for slot in range(slots):
-                loads[rank] += unit[placement[rank, slot]]
-        peaks[t] = loads.max()
+                load += unit[placement[rank, slot]]
+            high = load if load > high else high
+        peaks[t] = high
     return peaks

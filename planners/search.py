@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .counts import replica_counts
+from .counts import least_threshold, replica_counts
 from .improve import improve
 from .layer import FAST, merge, moved, new_layer, peak, replace, settle, swap
 from .place import place
+from .relabel import relabel
 from .routing import LEAST, weigh
 from .scale import peaks_of, scale_heat, shortened, without_bursts
 
@@ -144,7 +145,7 @@ def _search(layer, today, effort, terms, found):
     if terms.today:
         best = from_today(layer, effort, terms, best, found)
     if terms.scratch:
-        best = from_scratch(layer, effort, terms, best, found)
+        best = from_scratch(layer, today, effort, terms, best, found)
     if effort.kicks > 0 and len(today) > 1:
         kick(layer, effort, terms, best, found)
 
@@ -199,7 +200,7 @@ def _keep_better(layer, terms, best, found):
 
 
 @njit(**FAST)
-def from_scratch(layer, effort, terms, best, found):
+def from_scratch(layer, today, effort, terms, best, found):
     """Place the best vectors of replica counts anew; what `found` is worth then.
 
     Each gets a few sweeps of improvement; the one that is best then gets the rest.
@@ -208,20 +209,24 @@ def from_scratch(layer, effort, terms, best, found):
     first = np.empty((ranks, slots), np.int32)
     lowest = np.inf
     vectors, cautions = _count_vectors(layer, effort)
+    race = effort.sweeps if len(vectors) == 1 else min(RACE, effort.sweeps)
     for i in range(len(vectors)):
-        counts = vectors[i]
-        placement = place(layer.coarse, counts, ranks, slots)[0]
-        if terms.max_columns:  # what is best with planned routing need not be so with uniform
-            settle(layer, relabel(placement, layer.home))
-            best = _keep_better(layer, terms, best, found)
+        placement = place(layer.coarse, vectors[i], ranks, slots)[0]
+        if terms.max_columns or len(vectors) == 1:
+            placement = relabel(placement, today, len(layer.counts))
         settle(layer, placement)
-        _improve(layer, effort, 0.0, ranks * slots, min(RACE, effort.sweeps))
+        if terms.max_columns:  # what is best with planned routing need not be so with uniform
+            best = _keep_better(layer, terms, best, found)
+            settle(layer, placement)
+        _improve(layer, effort, 0.0, ranks * slots, race)
+        if len(vectors) == 1:
+            return _keep_better(layer, terms, best, found)
         if peak(layer) + cautions[i] < lowest:
             lowest = peak(layer) + cautions[i]
             first[:] = layer.placement
         if terms.max_columns:
             best = _keep_better(layer, terms, best, found)
-    settle(layer, relabel(first, layer.home))
+    settle(layer, relabel(first, today, len(layer.counts)))
     _improve(layer, effort, 0.0, ranks * slots, effort.sweeps - RACE)
     return _keep_better(layer, terms, best, found)
 
@@ -273,7 +278,7 @@ def _count_vectors(layer, effort):
     """The `effort.starts` best vectors of replica counts: (int32[n, E], PAR that each must win)."""
     ranks, slots = layer.placement.shape
     experts, episodes = layer.heat.shape
-    merged = merge(layer.heat, SCORED)
+    merged = merge(layer.coarse, SCORED)
     weights = np.empty(experts, np.float32)
     spread = np.empty(experts, np.float32)
     for expert in range(experts):
@@ -289,11 +294,12 @@ def _count_vectors(layer, effort):
     for deviation in effort.deviations:
         for expert in range(experts):
             weights[expert] = layer.mean[expert] + np.float32(deviation) * spread[expert]
+        threshold = least_threshold(weights, ranks * slots, ranks)
         for slack in effort.slacks:
-            counts = replica_counts(weights, ranks * slots, ranks, np.float32(slack))
+            counts = replica_counts(weights, ranks * slots, ranks, threshold, np.float32(slack))
             known = False
             for i in range(n):
-                known |= (vectors[i] == counts).all()
+                known |= _are_equal(vectors[i], counts)
             if not known:
                 vectors[n] = counts
                 cautions[n] = np.float32(CAUTION) * (slack - 1)
@@ -304,60 +310,8 @@ def _count_vectors(layer, effort):
 
 
 @njit(**FAST)
-def relabel(placement, home):
-    """Permute the ranks of int32[ranks, slots] so that much of it is at home, best pairs first."""
-    ranks, slots = placement.shape
-    pairs, common = _overlaps(placement, home)
-    named = np.full(ranks, -1, np.int32)
-    taken = np.zeros(ranks, np.bool_)
-    for wanted in range(slots, 0, -1):
-        for i in range(len(common)):
-            rank, other = pairs[i]
-            if common[i] == wanted and named[rank] < 0 and not taken[other]:
-                named[rank] = other
-                taken[other] = True
-    free = 0
-    for rank in range(ranks):
-        if named[rank] < 0:
-            while taken[free]:
-                free += 1
-            named[rank] = free
-            taken[free] = True
-    relabelled = np.empty_like(placement)
-    relabelled[named] = placement
-    return relabelled
-
-
-@njit(**FAST)
-def _overlaps(placement, home):
-    """(rank, rank at home) pairs int32[n, 2] that share experts, and how many int32[n]."""
-    ranks, experts = home.shape
-    first = np.zeros(experts + 1, np.int64)
-    for expert in range(experts):
-        first[expert + 1] = first[expert] + home[:, expert].sum()
-    holders = np.empty(first[-1], np.int32)
-    at = first[:-1].copy()
-    for rank in range(ranks):
-        for expert in range(experts):
-            if home[rank, expert]:
-                holders[at[expert]] = rank
-                at[expert] += 1
-    most = 0
-    for expert in placement.flat:
-        most += first[expert + 1] - first[expert]
-    pairs = np.empty((most, 2), np.int32)
-    common = np.zeros(most, np.int32)
-    place_of = np.full(ranks, -1, np.int64)
-    n = 0
-    for rank in range(ranks):
-        start = n
-        for expert in placement[rank]:
-            for other in holders[first[expert] : first[expert + 1]]:
-                if place_of[other] < 0:
-                    place_of[other] = n
-                    pairs[n, 0], pairs[n, 1] = rank, other
-                    n += 1
-                common[place_of[other]] += 1
-        for i in range(start, n):
-            place_of[pairs[i, 1]] = -1
-    return pairs[:n], common[:n]
+def _are_equal(one, other):
+    different = 0
+    for i in range(len(one)):
+        different += one[i] != other[i]
+    return different == 0

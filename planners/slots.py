@@ -31,15 +31,15 @@ def bonds(old, new):
     ranks, experts = old.shape
     giver = np.full(experts, -1, np.int32)
     taker = np.full(experts, -1, np.int32)
+    stays = np.zeros(experts, np.bool_)
+    for rank in range(ranks - 1, -1, -1):
+        before, after = old[rank], new[rank]
+        for expert in range(experts):
+            giver[expert] = rank if before[expert] >= 0 else giver[expert]
+            taker[expert] = rank if after[expert] >= 0 else taker[expert]
+            stays[expert] |= (before[expert] >= 0) & (after[expert] >= 0)
     for expert in range(experts):
-        stays = False
-        for rank in range(ranks - 1, -1, -1):
-            stays |= old[rank, expert] >= 0 and new[rank, expert] >= 0
-            if old[rank, expert] >= 0:
-                giver[expert] = rank
-            if new[rank, expert] >= 0:
-                taker[expert] = rank
-        if stays:
+        if stays[expert]:
             giver[expert] = taker[expert] = -1
     return giver, taker
 

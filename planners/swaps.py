@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .estimate import enter, harm_of, overflow
-from .layer import FAST, swap, swap_gain
+from .estimate import enter, overflow
+from .layer import FAST, INLINE, swap, swap_gain
 
 SLIGHT = 0.5
 """Share of the mean margin below which a peak does not count in an estimate."""
@@ -24,23 +24,33 @@ EVEN_ENOUGH = 1e-7
 """Square of the difference from the mean load, as a share of it, that is not worth a swap."""
 
 
+MOST_PEAKS = 6
+"""Episodes, those with most margin, that an estimate looks at."""
+
+
 class Desk(NamedTuple):
-    """Room to work in for `swap_one`, made once.
+    """Room to work in for `swap_one`, made once; n slots of other ranks may be swapped with.
 
     Attributes:
-        slots: int32[3, R * S], rank, slot and expert of the slots that a rank may swap with.
-        units: float32[T, R * S], heat of each of these where the rank is the peak.
-        relief: float32[R * S], what each wins there.
-        peaks: int32[T], the episodes of which the rank is the peak.
+        slots: int32[3, n], rank, slot and expert of each.
+        mean: float32[n], its heat in an average episode.
+        harm: float32[4, n], the two lines of the harm to its rank.
+        units: float32[MOST_PEAKS, n], its heat in each of `peaks`.
+        worth: float32[n], what it is likely to win in place of the slot at hand.
+        peaks: int32[MOST_PEAKS], episodes of which the rank is the peak.
+        margins: float32[MOST_PEAKS], how far it is above the next rank there.
         hopes: float32[S], the most that each slot of the rank can win.
         gains: float32[checks], estimates of the best candidates.
         steps: int32[checks, 3], what they are.
     """
 
     slots: np.ndarray
+    mean: np.ndarray
+    harm: np.ndarray
     units: np.ndarray
-    relief: np.ndarray
+    worth: np.ndarray
     peaks: np.ndarray
+    margins: np.ndarray
     hopes: np.ndarray
     gains: np.ndarray
     steps: np.ndarray
@@ -50,96 +60,113 @@ class Desk(NamedTuple):
 def new_desk(layer, partners, checks):
     """A desk for swaps of any rank of `layer` with `partners` others."""
     ranks, slots = layer.placement.shape
-    episodes = layer.heat.shape[1]
     n = min(partners, ranks) * slots
     return Desk(
         np.empty((3, n), np.int32),
-        np.empty((episodes, n), np.float32),
         np.empty(n, np.float32),
-        np.empty(episodes, np.int32),
+        np.empty((4, n), np.float32),
+        np.empty((MOST_PEAKS, n), np.float32),
+        np.empty(n, np.float32),
+        np.empty(MOST_PEAKS, np.int32),
+        np.empty(MOST_PEAKS, np.float32),
         np.empty(slots, np.float32),
         np.empty(checks, np.float32),
         np.empty((checks, 3), np.int32),
     )
 
 
-@njit(**FAST)
-def _lay_out(layer, rank, others, desk):
-    """Fill the desk for swaps of `rank` with `others`: (slots, episodes) that were found."""
-    n = peaks = 0
-    margins = np.float32(0)
+@njit(**INLINE)
+def _find_peaks(layer, rank, desk):
+    """Fill peaks and margins, most margin first: (how many, how much of all margin they leave)."""
+    peaks, margins = desk.peaks, desk.margins
+    kept = count = 0
+    total = np.float32(0)
     for t in range(layer.heat.shape[1]):
-        desk.peaks[peaks] = t
-        if layer.at[0, t] == rank:
-            peaks += 1
-            margins += layer.top[0, t] - layer.top[1, t]
-    bar = np.float32(SLIGHT) * margins / max(1, peaks)
-    kept = 0
+        if layer.at[0, t] != rank:
+            continue
+        margin = layer.top[0, t] - layer.top[1, t]
+        total += margin
+        count += 1
+        if kept == MOST_PEAKS and margin <= margins[kept - 1]:
+            continue
+        kept += kept < MOST_PEAKS
+        i = kept - 1
+        while i > 0 and margins[i - 1] < margin:
+            margins[i], peaks[i] = margins[i - 1], peaks[i - 1]
+            i -= 1
+        margins[i], peaks[i] = margin, t
+    while kept > 0 and margins[kept - 1] * count < np.float32(SLIGHT) * total:
+        kept -= 1
+    seen = np.float32(0)
+    for i in range(kept):
+        seen += margins[i]
+    return kept, total / seen if seen > 0 else np.float32(1)
+
+
+@njit(**FAST)
+def lay_out(layer, others, desk):
+    """Put the slots of the ranks `others` on the desk; how many these are."""
+    for i in range(len(others)):
+        _put(layer, others[i], i * layer.placement.shape[1], desk)
+    return len(others) * layer.placement.shape[1]
+
+
+@njit(**FAST)
+def lay_out_again(layer, others, rank, other, desk):
+    """The same after a swap of `rank` with `other`."""
+    for i in range(len(others)):
+        if others[i] == rank or others[i] == other:
+            _put(layer, others[i], i * layer.placement.shape[1], desk)
+
+
+@njit(**INLINE)
+def _put(layer, other, first, desk):
+    for slot in range(layer.placement.shape[1]):
+        expert = layer.placement[other, slot]
+        j = first + slot
+        desk.slots[0, j], desk.slots[1, j], desk.slots[2, j] = other, slot, expert
+        desk.mean[j] = layer.mean[expert] * layer.share[expert]
+        for i in range(4):
+            desk.harm[i, j] = layer.harm[other, i]
+
+
+@njit(**INLINE)
+def _look_at_peaks(layer, rank, n, peaks, desk):
+    """Set the units of all slots on the desk, and what those of `rank` can win."""
+    share, experts = layer.share, desk.slots[2]
     for i in range(peaks):
         t = desk.peaks[i]
-        desk.peaks[kept] = t
-        kept += layer.top[0, t] - layer.top[1, t] >= bar
-    peaks = kept
-    for other in others:
-        if other == rank:
-            continue
-        for slot in range(layer.placement.shape[1]):
-            expert = layer.placement[other, slot]
-            desk.slots[0, n], desk.slots[1, n], desk.slots[2, n] = other, slot, expert
-            n += 1 - layer.held[rank, expert]
-    for i in range(peaks):
         for j in range(n):
-            expert = desk.slots[2, j]
-            desk.units[i, j] = layer.by_episode[desk.peaks[i], expert] * layer.share[expert]
+            desk.units[i, j] = layer.by_episode[t, experts[j]] * share[experts[j]]
     for slot in range(len(desk.hopes)):
         expert = layer.placement[rank, slot]
         hope = np.float32(0)
         for i in range(peaks):
-            t = desk.peaks[i]
-            unit = layer.heat[expert, t] * layer.share[expert]
-            hope += min(unit, layer.top[0, t] - layer.top[1, t])
+            unit = layer.heat[expert, desk.peaks[i]] * share[expert]
+            hope += unit if unit < desk.margins[i] else desk.margins[i]
         desk.hopes[slot] = hope
-    return n, peaks
 
 
 @njit(**FAST)
-def swap_one(layer, rank, others, level, price, room, desk, least):
-    """Carry out the best swap between `rank` and `others`: (the other rank or -1, moves spent)."""
-    placement, held, home, share = layer.placement, layer.held, layer.home, layer.share
-    gains, steps = desk.gains, desk.steps
-    per_level = np.float32(1) / level
-    n, peaks = _lay_out(layer, rank, others, desk)
-    filled, bar = 0, np.float32(least)
-    for _ in range(min(placement.shape[1], 2 * len(gains))):
+def swap_one(layer, rank, n, price, room, desk, least):
+    """Carry out the best swap of `rank` with a slot on the desk: (that rank or -1, moves spent)."""
+    placement, home = layer.placement, layer.home
+    peaks, factor = _find_peaks(layer, rank, desk)
+    _look_at_peaks(layer, rank, n, peaks, desk)
+    filled = 0
+    for _ in range(min(placement.shape[1], len(desk.gains))):
         slot = desk.hopes.argmax()
-        if desk.hopes[slot] <= bar:
+        bar = desk.gains[filled - 1] if filled == len(desk.gains) else np.float32(least)
+        if desk.hopes[slot] * factor <= bar:
             break
         desk.hopes[slot] = -1
-        a = placement[rank, slot]
-        _relieve(layer, a, n, peaks, desk)
-        unit = layer.mean[a] * share[a]
-        for j in range(n):
-            gain = desk.relief[j]
-            if gain <= bar:
-                continue
-            other, b = desk.slots[0, j], desk.slots[2, j]
-            moves = home[rank, a] - home[other, a] + home[other, b] - home[rank, b]
-            gain -= price * moves
-            if gain <= bar or moves > room or held[other, a]:
-                continue
-            shift = unit - layer.mean[b] * share[b]
-            harm = harm_of(layer, other if shift > 0 else rank, abs(shift), per_level)
-            if gain - harm <= bar:
-                continue
-            over = overflow(layer, other, a, share[a], b, share[b])
-            gain -= harm if harm > over else over
-            if gain > bar:
-                filled = enter(gains, steps, filled, gain, slot, other, desk.slots[1, j])
-                if filled == len(gains):
-                    bar = gains[filled - 1]
+        _weigh_slots(layer, rank, placement[rank, slot], n, peaks, factor, desk)
+        if price > 0:
+            _charge_moves(layer, rank, placement[rank, slot], n, price, desk)
+        filled = _enter_best(layer, rank, slot, n, room, desk, filled, np.float32(least))
     best, chosen, spent = np.float32(least), -1, 0
     for i in range(filled):
-        slot, other, other_slot = steps[i]
+        slot, other, other_slot = desk.steps[i, 0], desk.steps[i, 1], desk.steps[i, 2]
         a, b = placement[rank, slot], placement[other, other_slot]
         moves = home[rank, a] + home[other, b] - home[other, a] - home[rank, b]
         gain = swap_gain(layer, rank, a, other, b) - price * moves
@@ -147,24 +174,72 @@ def swap_one(layer, rank, others, level, price, room, desk, least):
             best, chosen, spent = gain, i, moves
     if chosen < 0:
         return -1, 0
-    slot, other, other_slot = steps[chosen]
-    swap(layer, rank, slot, other, other_slot)
+    other = desk.steps[chosen, 1]
+    swap(layer, rank, desk.steps[chosen, 0], other, desk.steps[chosen, 2])
     return other, spent
 
 
-@njit(**FAST)
-def _relieve(layer, expert, n, peaks, desk):
-    """Set relief[j]: what it wins at the peaks of its rank if `expert` makes way for slot j's."""
-    relief = desk.relief
+@njit(**INLINE)
+def _weigh_slots(layer, rank, expert, n, peaks, factor, desk):
+    """Set worth[j]: what it is likely to win if `expert` makes way for slot j's on `rank`."""
+    worth, share = desk.worth, layer.share[expert]
     for j in range(n):
-        relief[j] = 0
+        worth[j] = 0
     for i in range(peaks):
-        t = desk.peaks[i]
-        heat = layer.heat[expert, t] * layer.share[expert]
-        margin = layer.top[0, t] - layer.top[1, t]
+        heat, margin = layer.heat[expert, desk.peaks[i]] * share, desk.margins[i]
         for j in range(n):
             less = heat - desk.units[i, j]
-            relief[j] += less if less < margin else margin
+            worth[j] += less if less < margin else margin
+    mean, harm = layer.mean[expert] * share, desk.harm
+    slope, zero = layer.harm[rank, 0], layer.harm[rank, 1]
+    next_slope, next_zero = layer.harm[rank, 2], layer.harm[rank, 3]
+    for j in range(n):
+        shift = mean - desk.mean[j]
+        low, high = harm[0, j] * (shift - harm[1, j]), harm[2, j] * (shift - harm[3, j])
+        there = high if high > low else low
+        low, high = slope * (-shift - zero), next_slope * (-shift - next_zero)
+        here = high if high > low else low
+        cost = there if shift > 0 else here
+        worth[j] = worth[j] * factor - (cost if cost > 0 else np.float32(0))
+
+
+@njit(**INLINE)
+def _charge_moves(layer, rank, expert, n, price, desk):
+    """Take the price of the moves that a swap costs from what it is worth."""
+    home = layer.home
+    for j in range(n):
+        other, arriving = desk.slots[0, j], desk.slots[2, j]
+        moves = home[rank, expert] - home[other, expert]
+        moves += home[other, arriving] - home[rank, arriving]
+        desk.worth[j] -= price * moves
+
+
+@njit(**INLINE)
+def _enter_best(layer, rank, slot, n, room, desk, filled, least):
+    """Enter the best swaps of `slot` by `worth` among the candidates; how many these are then."""
+    worth, home, held, share = desk.worth, layer.home, layer.held, layer.share
+    a = layer.placement[rank, slot]
+    left = int(np.sqrt(len(desk.gains)))
+    while left > 0:
+        most = least
+        for j in range(n):
+            most = worth[j] if worth[j] > most else most
+        if most <= (desk.gains[filled - 1] if filled == len(desk.gains) else least):
+            break
+        j = 0
+        while worth[j] != most:
+            j += 1
+        worth[j] = 0
+        other, b = desk.slots[0, j], desk.slots[2, j]
+        if held[other, a] or held[rank, b]:  # that is all slots of the rank itself, too
+            continue
+        left -= 1
+        moves = home[rank, a] - home[other, a] + home[other, b] - home[rank, b]
+        over = overflow(layer.coarse, layer.head, other, a, share[a], b, share[b])
+        gain = most - over
+        if gain > least and moves <= room:
+            filled = enter(desk.gains, desk.steps, filled, gain, slot, other, desk.slots[1, j])
+    return filled
 
 
 @njit(**FAST)
@@ -173,42 +248,60 @@ def even_out(layer, price, room):
 
     Where many ranks are close to the peak no single swap wins much: these open the way to more.
     """
-    placement, held, home = layer.placement, layer.held, layer.home
+    placement, home = layer.placement, layer.home
     ranks, slots = placement.shape
     episodes = layer.heat.shape[1]
     load = np.zeros(ranks, np.float32)
+    units = np.empty((ranks, slots), np.float32)
     for rank in range(ranks):
         for t in range(episodes):
             load[rank] += layer.loads[rank, t]
+        for slot in range(slots):
+            expert = placement[rank, slot]
+            units[rank, slot] = layer.mean[expert] * layer.share[expert] * episodes
     order = np.argsort(-load)
+    worth = np.empty(slots, np.float32)
     done = 0
     for i in range(ranks // 2):
         rank = order[i]
         for j in range(min(PARTNERS, ranks // 2)):
             other = order[ranks - 1 - j]
-            gap = (load[rank] - load[other]) / episodes
-            best, chosen, chosen_other = np.float32(EVEN_ENOUGH / episodes / episodes), -1, -1
-            for slot in range(slots):
-                a = placement[rank, slot]
-                if held[other, a]:
-                    continue
-                unit = layer.mean[a] * layer.share[a]
-                for other_slot in range(slots):
-                    b = placement[other, other_slot]
-                    shift = unit - layer.mean[b] * layer.share[b]
-                    gain = shift * (gap - shift)
-                    if gain > best and not held[rank, b]:
-                        best, chosen, chosen_other = gain, slot, other_slot
-            if chosen < 0:
+            gap = load[rank] - load[other]
+            slot, other_slot = _nearest_half(layer, units, rank, other, gap, worth)
+            if slot < 0:
                 continue
-            a, b = placement[rank, chosen], placement[other, chosen_other]
+            a, b = placement[rank, slot], placement[other, other_slot]
             moves = home[rank, a] + home[other, b] - home[other, a] - home[rank, b]
             if moves > room or swap_gain(layer, rank, a, other, b) < price * moves:
                 continue
-            shift = (layer.mean[a] * layer.share[a] - layer.mean[b] * layer.share[b]) * episodes
-            swap(layer, rank, chosen, other, chosen_other)
-            load[rank] -= shift
-            load[other] += shift
+            mine, theirs = units[rank, slot], units[other, other_slot]
+            units[rank, slot], units[other, other_slot] = theirs, mine
+            load[rank] -= mine - theirs
+            load[other] += mine - theirs
+            swap(layer, rank, slot, other, other_slot)
             room -= moves
             done += 1
     return done
+
+
+@njit(**FAST)
+def _nearest_half(layer, units, rank, other, gap, worth):
+    """The slots of `rank` and `other` whose exchange leaves least of `gap`; -1 if none does.
+
+    `worth` is room to work in, float32[S].
+    """
+    best, chosen, chosen_other = np.float32(EVEN_ENOUGH), -1, -1
+    for slot in range(len(worth)):
+        a, mine = layer.placement[rank, slot], units[rank, slot]
+        most = np.float32(0)
+        for other_slot in range(len(worth)):
+            shift = mine - units[other, other_slot]
+            worth[other_slot] = shift * (gap - shift)
+            most = worth[other_slot] if worth[other_slot] > most else most
+        if most <= best or layer.held[other, a]:
+            continue
+        for other_slot in range(len(worth)):
+            b = layer.placement[other, other_slot]
+            if worth[other_slot] > best and not layer.held[rank, b]:
+                best, chosen, chosen_other = worth[other_slot], slot, other_slot
+    return chosen, chosen_other

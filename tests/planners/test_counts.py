@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.planners.counts import replica_counts
+from flash_eplb.planners.counts import least_threshold, replica_counts
 
 
 def counts_of(weights, slots, ranks, slack=1.0):
-    return replica_counts(np.array(weights, np.float32), slots, ranks, np.float32(slack))
+    weights = np.array(weights, np.float32)
+    threshold = least_threshold(weights, slots, ranks)
+    return replica_counts(weights, slots, ranks, threshold, np.float32(slack))
 
 
 def heaviest(weights, counts):

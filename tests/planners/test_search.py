@@ -4,10 +4,11 @@ from checker import assert_valid, ratios
 from heats import initial, shapes, shuffled, window, windows, zipf
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import held_by, moved
+from layers import moved
 
 from flash_eplb.planners.flashlb import EFFORTS
-from flash_eplb.planners.search import Terms, measure, relabel, search_layers
+from flash_eplb.planners.relabel import relabel
+from flash_eplb.planners.search import Terms, measure, search_layers
 
 
 def search(heat, placement, effort="balanced", **terms):
@@ -99,8 +100,7 @@ def test_a_measure_is_the_par(case):
 def test_relabelling_brings_shuffled_ranks_home(case):
     _, (today, _) = case
     shuffled_ranks = np.random.default_rng(0).permutation(today)
-    home = held_by(today, int(today.max()) + 1)
-    relabelled = relabel(shuffled_ranks, home)
+    relabelled = relabel(shuffled_ranks, today, int(today.max()) + 1)
     assert moved(relabelled, today) == 0
     assert sorted(map(sorted, relabelled.tolist())) == sorted(map(sorted, today.tolist()))
 
@@ -108,5 +108,5 @@ def test_relabelling_brings_shuffled_ranks_home(case):
 @given(cases())
 def test_relabelling_only_permutes_ranks(case):
     _, (today, other) = case
-    relabelled = relabel(other, held_by(today, int(today.max()) + 1))
+    relabelled = relabel(other, today, int(today.max()) + 1)
     assert sorted(relabelled.tolist()) == sorted(other.tolist())
