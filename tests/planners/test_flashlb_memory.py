@@ -73,17 +73,17 @@ def test_earlier_windows_of_other_heat_do_not_count():
 
 
 def test_earlier_windows_make_plans_from_few_tokens_better():
-    rng = np.random.default_rng(4)
-    popularity = zipf(rng, 4, 64, 0.8)
-    left = []
-    for half_life in (64, 0):
-        draws = np.random.default_rng(5)
-        planner, placement = FlashLB(8, 9, half_life=half_life), initial(4, 8, 9, 64)
-        for _ in range(8):
-            heat = window(draws, popularity, 8, 400)
-            placement = planner.plan(heat, placement, every_layer=True).placement
-        left.append((ratios(window(draws, popularity, 64), placement) - 1).mean())
-    assert left[0] < 0.7 * left[1]
+    left = np.zeros(2)  # of the excess, over four models: one alone says little
+    for seed in range(4, 8):
+        popularity = zipf(np.random.default_rng(seed), 4, 64, 0.8)
+        for i, half_life in enumerate((64, 0)):
+            draws = np.random.default_rng(seed + 1)
+            planner, placement = FlashLB(8, 9, half_life=half_life), initial(4, 8, 9, 64)
+            for _ in range(8):
+                heat = window(draws, popularity, 8, 400)
+                placement = planner.plan(heat, placement, every_layer=True).placement
+            left[i] += (ratios(window(draws, popularity, 64), placement) - 1).mean()
+    assert left[0] < 0.65 * left[1]
 
 
 def test_windows_that_overlap_give_the_plans_of_their_episodes_once():
