@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast check format bench-planner clean
+.PHONY: demo test test-fast soak check format bench-planner bench-ipc clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -17,6 +17,10 @@ test: $(READY)
 # everything but the tests that start a real vLLM
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not vllm"
+
+# the long form of the tests of shared memory: about an hour
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak --soak -o timeout=0 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -31,6 +35,9 @@ format: $(READY)
 # ARGS=--quick for a first look; ARGS=--help lists the rest
 bench-planner: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.planner $(ARGS)
+
+bench-ipc: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.ipc $(ARGS)
 
 $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -82,6 +82,7 @@ def planner(
         min_episodes=config.min_episodes,
         plan_interval=config.plan_interval,
         timeout_steps=2 * config.plan_timeout_steps,
+        heat_phase=config.heat_phase,
     )
     try:
         log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
@@ -187,7 +188,7 @@ def status(session: Session = None) -> None:
     """
     from ..ipc.liveness import SegmentError, owner_is_alive
     from ..ipc.names import planner_name
-    from ..ipc.status import Field, State
+    from ..ipc.status import Field, state_name
     from ..planners.group import Group
 
     config = _load(session=session)
@@ -200,8 +201,8 @@ def status(session: Session = None) -> None:
     table = Table("", *(f"rank {n}" for n in range(len(group.ranks))), title=config.session)
     for field in Field:
         values = [rank.status[field] for rank in group.ranks]
-        shown = [State(value).name.lower() for value in values] if field is Field.STATE else values
-        table.add_row(field.name.lower(), *map(str, shown))
+        shown = map(state_name if field is Field.STATE else str, values)
+        table.add_row(field.name.lower(), *shown)
     Console().print(table)
     typer.echo("planner: running" if there else "planner: none, experts stay where they are")
     group.close()

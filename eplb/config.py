@@ -35,6 +35,11 @@ class Config(BaseSettings):
         description="name of the policy that decides placements",
     )
     episode_steps: int = Field(16, ge=1, le=4096, description="steps summed to one episode")
+    heat_phase: str = Field(
+        "all",
+        pattern="^(all|prefill|decode)$",
+        description="steps whose heat counts: all, those with prompt tokens, or those without",
+    )
     window_episodes: int = Field(64, ge=1, le=1024, description="episodes that a plan looks at")
     min_episodes: int = Field(8, ge=1, le=1024, description="episodes before the first plan")
     plan_interval: int = Field(8, ge=1, le=4096, description="episodes between two plans")
@@ -111,6 +116,8 @@ def allowed(name: str) -> str:
         return "1 to 32 letters, digits, '-' or '_'"
     if name == "log_level":
         return "DEBUG, INFO, WARNING or ERROR"
+    if name == "heat_phase":
+        return "all, prefill or decode"
     if name == "effort":
         return "fast, balanced or thorough"
     if name == "policy":

@@ -21,6 +21,7 @@ from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.parallel_state import get_ep_group
 
 from .config import Config
+from .phases import phase_of, show_batches
 from .support import guard_reloads, unsupported_mode, unsupported_model
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class FlashEplbState(EplbState):
     config: Config
     worker: Worker | None = None
     inert = ""
+    batch: Any = None
     _agreed = False
 
     def add_model(self, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +69,7 @@ class FlashEplbState(EplbState):
         if self.worker is None and not self._agreed:
             self._make_worker(is_dummy)
         if self.worker is not None:
-            self.worker.step(is_dummy)
+            self.worker.step(is_dummy, phase_of(self.batch))
 
     def rearrange(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Never: the planner alone decides."""
@@ -143,6 +145,8 @@ def install(config: Config) -> None:
         _states.append(state)
         if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
             guard_reloads(module.Worker, _have_moved)
+        if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
+            show_batches(module.GPUModelRunner)
         return state
 
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]

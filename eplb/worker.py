@@ -21,10 +21,13 @@ import torch.distributed as dist
 
 from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
+from ..ipc.flags import FLAG_DUMMY
+from ..ipc.limits import check_files, check_memory
 from ..ipc.liveness import SegmentError
 from ..ipc.names import bell_name, rank_name
-from ..ipc.rank_segment import RankSegment, segment_bytes
+from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes
 from ..ipc.segment import Segment
+from ..ipc.session import remove_dead, session_lock
 from ..ipc.shape import GroupShape, ModelShape
 from ..ipc.status import Field
 from ..loaders.engine import Engine
@@ -120,36 +123,44 @@ class Worker:
             # The previous pass ended without its step. Its vote is still owed, and what it
             # decides must happen before this pass; then balancing stops, on all ranks.
             self._report_mismatch()
-            self._tick(is_dummy=True)
+            self._tick(FLAG_DUMMY)
         self._in_forward = True
         self._tokens = tokens
 
-    def step(self, is_dummy: bool) -> None:
-        """The forward pass is over (`is_dummy`: its tokens and its heat do not count)."""
+    def step(self, is_dummy: bool, phase: int = 0) -> None:
+        """The forward pass is over.
+
+        Args:
+            is_dummy: its tokens and its heat do not count.
+            phase: `FLAG_PREFILL`, `FLAG_DECODE`, both, or 0 if it is not known.
+        """
         if not self._started:
             self._start()
         if self.refused:
             for load in self._engine.loads:
-                load[:] = 0
+                load.zero_()
             return
         begin = time.perf_counter_ns()
         if self._in_forward == is_dummy:
             self._report_mismatch()
             if not is_dummy:  # a step of no forward pass: the other ranks do not count it
                 return
-            self._tick(is_dummy=True)
+            self._tick(FLAG_DUMMY)
         self._in_forward = False
-        self._tick(is_dummy)
+        self._tick(FLAG_DUMMY if is_dummy else phase)
         assert self._segment is not None
         self._segment.timings.add(time.perf_counter_ns() - begin, begin - self._last_step_ns)
         self._last_step_ns = begin
 
-    def _tick(self, is_dummy: bool) -> None:
+    def _tick(self, flags: int) -> None:
         self._step += 1
-        self._collector.collect(self._step, self._tokens, is_dummy, self._loader.epoch)
+        self._collector.collect(self._step, self._tokens, flags, self._loader.epoch)
         committed = self._loader.tick()
         assert self._segment is not None
-        self._segment.status[Field.STEP] = self._step
+        status = self._segment.status
+        status[Field.STEP] = self._step
+        status[Field.HEAT_MERGED] = self._collector.merged
+        status[Field.HEAT_DROPPED] = self._collector.dropped
         if self._bell is not None and (committed or self._step % self._config.episode_steps == 0):
             self._bell.ring()
             assert self._watch is not None
@@ -167,6 +178,7 @@ class Worker:
         try:
             reference, generation = self._agree()
             Finalize(None, self.close, exitpriority=100)
+            self._together(self._check_limits)
             self._together(lambda: self._open_names(generation))
             self._together(lambda: _find(self._config.session, generation))
             self._together(lambda: self._build(reference))
@@ -203,6 +215,20 @@ class Worker:
         slots = np.stack([theirs["digests"] for theirs in everyone], axis=1)
         reference = reference_digests(slots, self._engine.placement, self._shape.experts)
         return (reference if self._config.verify else None), everyone[0]["generation"]
+
+    def _check_limits(self) -> None:
+        """Before anything is made, so that the text speaks of the whole group."""
+        shape, session = self._shape, self._config.session
+        check_files(2 * shape.ranks + 16, "a worker")
+        if self._group.rank == 0:
+            with session_lock(session):
+                remove_dead(session)
+            check_memory(
+                shape.ranks,
+                segment_bytes(shape) - shape.ring_slots * step_bytes(shape),
+                step_bytes(shape),
+                shape.ring_slots,
+            )
 
     def _open_names(self, generation: int) -> None:
         """This rank's segment and, on rank 0, the doorbell."""

@@ -2,12 +2,13 @@
 
 The hosts are x86-64 and aarch64; on the latter plain stores may be seen out of order by another
 core. Every word that another process waits for is therefore read with `load_acquire` and written
-with `store_release`, and the seqlocks of `heat_ring` and `board` use the two fences. All four are
+with `store_release`, and the seqlocks of `heat_ring` and `status` use the two fences. All four are
 numba intrinsics over LLVM's atomic instructions; from Python they cost one call into compiled code.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,27 @@ def _fence(ordering: str) -> Any:
         return types.void(), codegen
 
     return fence
+
+
+def _copy(context: Any, builder: Any, signature: Any, args: Any, into_words: bool) -> Any:
+    cells = context.make_array(signature.args[2])(context, builder, args[2])
+    words = _word_pointer(context, builder, signature, args)
+    size = builder.mul(cells.nitems, cells.itemsize)
+    target, source = (words, cells.data) if into_words else (cells.data, words)
+    cgutils.raw_memcpy(builder, target, source, size, 1)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def copy_in(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
+    """Copy the contiguous array `cells` to where `words[index]` begins, by one memcpy."""
+    return types.void(words, types.intp, cells), functools.partial(_copy, into_words=True)
+
+
+@intrinsic
+def copy_out(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
+    """Fill the contiguous array `cells` with what begins at `words[index]`, by one memcpy."""
+    return types.void(words, types.intp, cells), functools.partial(_copy, into_words=False)
 
 
 fence_acquire = _fence("acquire")

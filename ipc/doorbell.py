@@ -12,6 +12,7 @@ import errno
 
 import posix_ipc
 
+from .limits import LimitError, queue_trouble
 from .liveness import SegmentError
 
 _RING = b"\x01"
@@ -41,14 +42,13 @@ class Doorbell:
                 f"message queue {name} cannot be replaced: {error}; choose another EPLB_SESSION"
             ) from error
         try:
+            # crash point: bell.create.replaced
             queue = posix_ipc.MessageQueue(
                 name, posix_ipc.O_CREX, mode=0o600, max_messages=4, max_message_size=1
             )
         except (OSError, posix_ipc.Error) as error:
-            raise SegmentError(
-                f"message queue {name} cannot be made: {error}; see `ulimit -q` "
-                "(RLIMIT_MSGQUEUE) and /proc/sys/fs/mqueue/queues_max"
-            ) from error
+            raise LimitError(queue_trouble(name, error)) from error
+        # crash point: bell.create.made
         return cls(queue, owner=True)
 
     @classmethod
@@ -83,8 +83,10 @@ class Doorbell:
     def close(self) -> None:
         """Close this end; the owner unlinks the name."""
         if self._owner:
+            # crash point: bell.close.begin
             with contextlib.suppress(posix_ipc.ExistentialError):
                 self._queue.unlink()
+            # crash point: bell.close.unlinked
             self._owner = False
         try:
             self._queue.close()

@@ -7,7 +7,7 @@ word read 2i+2 before and after the copy, and counts it as lost otherwise, so a 
 torn and a loss is never silent. A writer that dies in a record leaves the head where it was.
 
     word 0            head: records written so far
-    from byte 64 on   slots: 8 words (sequence, step, time, tokens, flags, epoch, -, -), then
+    from byte 64 on   slots: 8 words (sequence, step, time, tokens, flags, epoch, span, -), then
                       int32[layers, columns]
 """
 
@@ -18,21 +18,28 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .atomics import WORD, _load_acquire, _store_release, fence_acquire, fence_release
+from .atomics import (
+    WORD,
+    _load_acquire,
+    _store_release,
+    copy_in,
+    copy_out,
+    fence_acquire,
+    fence_release,
+)
 from .segment import ALIGNMENT, aligned
 
-FLAG_DUMMY = 1
-"""The step was a dummy: it kept the ranks together and its heat is zero."""
-
 _SLOT_WORDS = 8
-_STEP, _TIME, _TOKENS, _FLAGS, _EPOCH = 1, 2, 3, 4, 5
+_FIRST = ALIGNMENT // 8
+_STEP, _TIME, _TOKENS, _FLAGS, _EPOCH, _SPAN = 1, 2, 3, 4, 5, 6
+_FIELDS = 6
 
 
 class HeatRecords(NamedTuple):
     """Records read at once; the first axis is the record, oldest first.
 
     `heat` is int32 [records, layers, columns], the other fields int64 [records]; `times` are
-    nanoseconds of the monotonic clock.
+    nanoseconds of the monotonic clock, `spans` the steps up to `steps` that a record sums up.
     """
 
     steps: np.ndarray
@@ -40,37 +47,35 @@ class HeatRecords(NamedTuple):
     tokens: np.ndarray
     flags: np.ndarray
     epochs: np.ndarray
+    spans: np.ndarray
     heat: np.ndarray
 
 
 @njit(cache=True, nogil=True)
-def _begin(words, slot, index, step, time, tokens, flags, epoch):
+def _push(words, slot, index, step, time, tokens, flags, epoch, span, counts):
+    """Write record `index` to the slot whose first word is `slot`."""
+    # crash point: ring.begin
     _store_release(words, slot, 2 * index + 1)
+    # crash point: ring.odd
     fence_release()
-    words[slot + 1] = step
-    words[slot + 2] = time
-    words[slot + 3] = tokens
-    words[slot + 4] = flags
-    words[slot + 5] = epoch
-
-
-@njit(cache=True, nogil=True)
-def _move_counts(counts, payload, start):
-    """Copy `counts` to `payload` from `start` on and set them to zero, in one pass."""
-    for layer in range(counts.shape[0]):
-        for column in range(counts.shape[1]):
-            payload[start + layer, column] = counts[layer, column]
-            counts[layer, column] = 0
-
-
-@njit(cache=True, nogil=True)
-def _end(words, slot, index):
+    words[slot + _STEP] = step
+    words[slot + _TIME] = time
+    words[slot + _TOKENS] = tokens
+    # crash point: ring.fields
+    words[slot + _FLAGS] = flags
+    words[slot + _EPOCH] = epoch
+    words[slot + _SPAN] = span
+    # crash point: ring.named
+    copy_in(words, slot + _SLOT_WORDS, counts)
+    # crash point: ring.copied
     _store_release(words, slot, 2 * index + 2)
+    # crash point: ring.even
     _store_release(words, 0, index + 1)
+    # crash point: ring.head
 
 
 @njit(cache=True, nogil=True)
-def _read(words, slot_words, slots, payloads, cursor, meta, heat):
+def _read(words, slot_words, slots, cursor, meta, heat):
     """Copy records from `cursor` on; returns (records, lost, cursor)."""
     head = _load_acquire(words, 0)
     found = 0
@@ -79,15 +84,14 @@ def _read(words, slot_words, slots, payloads, cursor, meta, heat):
         lost = head - slots - cursor
         cursor = head - slots
     while cursor < head and found < meta.shape[0]:
-        place = cursor % slots
-        word = 8 + place * slot_words
+        slot = _FIRST + cursor % slots * slot_words
         whole = False
-        if _load_acquire(words, word) == 2 * cursor + 2:
-            for field in range(5):
-                meta[found, field] = words[word + 1 + field]
-            heat[found] = payloads[place]
+        if _load_acquire(words, slot) == 2 * cursor + 2:
+            for field in range(_FIELDS):
+                meta[found, field] = words[slot + _STEP + field]
+            copy_out(words, slot + _SLOT_WORDS, heat[found])
             fence_acquire()
-            whole = _load_acquire(words, word) == 2 * cursor + 2
+            whole = _load_acquire(words, slot) == 2 * cursor + 2
         if whole:
             found += 1
         else:
@@ -108,36 +112,57 @@ class HeatRing:
 
     def __init__(self, body: np.ndarray, layers: int, columns: int, slots: int):
         self.layers = layers
+        self.columns = columns
         self.slots = slots
         self.lost = 0
-        slot_bytes = _slot_bytes(layers, columns)
-        self._slot_words = slot_bytes // 8
-        self._words = body.view(WORD)
-        area = body[ALIGNMENT : ALIGNMENT + slots * slot_bytes].reshape(slots, slot_bytes)
-        counts = area[:, 8 * _SLOT_WORDS : 8 * _SLOT_WORDS + 4 * layers * columns].view("<i4")
-        self._payloads = counts.reshape(slots, layers, columns)
+        self._counts_bytes = 4 * layers * columns
+        self._slot_words = self.slot_bytes(layers, columns) // 8
+        self._words = body[: self.size(layers, columns, slots)].view(WORD)
         self._index = int(self._words[0])
         self._cursor = 0
-        self._shape = (layers, columns)
+
+    @staticmethod
+    def slot_bytes(layers: int, columns: int) -> int:
+        """Bytes of one record in the ring."""
+        return 8 * _SLOT_WORDS + aligned(4 * layers * columns)
 
     @staticmethod
     def size(layers: int, columns: int, slots: int) -> int:
         """Bytes of a ring."""
-        return ALIGNMENT + slots * _slot_bytes(layers, columns)
+        return ALIGNMENT + slots * HeatRing.slot_bytes(layers, columns)
 
     def push(
-        self, step: int, time: int, tokens: int, flags: int, epoch: int, counts: list[np.ndarray]
+        self,
+        step: int,
+        time: int,
+        tokens: int,
+        flags: int,
+        epoch: int,
+        counts: np.ndarray,
+        span: int = 1,
     ) -> None:
-        """Write one record and set `counts` (int32 [layers of a model, columns] each) to zero."""
+        """Write one record.
+
+        Args:
+            step: number of the step, or of the latest of `span` steps.
+            time: nanoseconds of the monotonic clock.
+            tokens: of the forward passes.
+            flags: of `flags.py`.
+            epoch: rounds committed before the forward passes.
+            counts: int32[layers, columns], contiguous.
+            span: steps that `counts` sums up.
+
+        Raises:
+            ValueError: `counts` is not of the record's size; it would run into the next slot.
+        """
+        if counts.nbytes != self._counts_bytes or not counts.flags.c_contiguous:
+            raise ValueError(
+                f"counts are {counts.dtype}{list(counts.shape)}; a record holds contiguous "
+                f"int32{[self.layers, self.columns]}"
+            )
         index = self._index
-        place = index % self.slots
-        slot = 8 + place * self._slot_words
-        _begin(self._words, slot, index, step, time, tokens, flags, epoch)
-        start = 0
-        for model in counts:
-            _move_counts(model, self._payloads[place], start)
-            start += model.shape[0]
-        _end(self._words, slot, index)
+        slot = _FIRST + index % self.slots * self._slot_words
+        _push(self._words, slot, index, step, time, tokens, flags, epoch, span, counts)
         self._index = index + 1
 
     def follow(self) -> None:
@@ -146,15 +171,11 @@ class HeatRing:
 
     def read(self, most: int = 64) -> HeatRecords:
         """Reader: up to `most` records since the last call; `lost` counts the overwritten ones."""
-        meta = np.empty((most, 5), np.int64)
-        heat = np.empty((most, *self._shape), np.int32)
+        meta = np.empty((most, _FIELDS), np.int64)
+        heat = np.empty((most, self.layers, self.columns), np.int32)
         found, lost, self._cursor = _read(
-            self._words, self._slot_words, self.slots, self._payloads, self._cursor, meta, heat
+            self._words, self._slot_words, self.slots, self._cursor, meta, heat
         )
         self.lost += lost
-        steps, times, tokens, flags, epochs = meta[:found].T
-        return HeatRecords(steps, times, tokens, flags, epochs, heat[:found])
-
-
-def _slot_bytes(layers: int, columns: int) -> int:
-    return 8 * _SLOT_WORDS + aligned(4 * layers * columns)
+        steps, times, tokens, flags, epochs, spans = meta[:found].T
+        return HeatRecords(steps, times, tokens, flags, epochs, spans, heat[:found])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
+
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a directory, a socket
 
 
 class SegmentError(Exception):
@@ -22,7 +26,7 @@ def owner_is_alive(name: str) -> bool:
     """Whether a process holds the lock of segment `name`; False if there is no such segment.
 
     Raises:
-        SegmentError: the segment belongs to another user.
+        SegmentError: the segment belongs to another user, or is no file.
     """
     try:
         fd = open_fd(name, writable=False)
@@ -47,20 +51,50 @@ def is_locked(fd: int) -> bool:
 
 
 def open_fd(name: str, writable: bool) -> int:
-    """A descriptor of segment `name`; SegmentError if it cannot be opened."""
-    flags = os.O_RDWR if writable else os.O_RDONLY
+    """A descriptor of segment `name`; SegmentError if it cannot be opened, or is no file.
+
+    A FIFO of that name would block its opener for ever without O_NONBLOCK.
+    """
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
     try:
-        return os.open("/dev/shm" + name, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open("/dev/shm" + name, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise SegmentAbsentError(
             f"shared memory {name} cannot be opened: {error.strerror}"
         ) from error
     except PermissionError as error:
-        raise SegmentError(
-            f"shared memory {name} belongs to another user; choose another EPLB_SESSION"
-        ) from error
+        raise SegmentError(_forbidden(name, error)) from error
     except OSError as error:
+        if error.errno in _NO_FILE:
+            raise SegmentError(_no_file(name)) from error
         raise SegmentError(f"shared memory {name} cannot be opened: {error.strerror}") from error
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise SegmentError(_no_file(name))
+
+
+def _no_file(name: str) -> str:
+    return (
+        f"shared memory {name} cannot be opened: it is not a regular file; "
+        "remove it or choose another EPLB_SESSION"
+    )
+
+
+def _forbidden(name: str, error: OSError) -> str:
+    """What to say of a segment that the kernel does not let us open."""
+    try:
+        status = os.lstat("/dev/shm" + name)
+    except OSError:  # gone meanwhile
+        return f"shared memory {name} cannot be opened: {error.strerror}"
+    if status.st_uid != os.geteuid():
+        return foreign(name, status.st_uid)
+    return f"shared memory {name} cannot be opened: {error.strerror}; {wrong_mode(status.st_mode)}"
+
+
+def wrong_mode(mode: int) -> str:
+    """What to say of a file of ours that flash_eplb has not made as it is."""
+    return f"its mode is {stat.S_IMODE(mode):04o}, ours is 0600; remove it"
 
 
 def foreign(name: str, uid: int) -> str:

@@ -3,7 +3,8 @@
 Owner: the worker creates it. Producer: the planner whose generation stands in it, one at a time.
 Consumer: the loader. A record is seen only once the head has moved past it, so a producer that
 dies while writing leaves nothing. A new planner writes its generation first; the loader drops
-records of other generations. An empty poll costs one atomic load.
+records of other generations. An empty poll costs one atomic load. A head that is not 0 to `SLOTS`
+records ahead of the tail is no producer's work: the consumer drops what is there and goes on.
 
     word 0   head: records written          word 8    tail: records read (in its own cache line)
     word 16  generation of the producer
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,6 +28,7 @@ SLOTS = 4
 """Rounds that may wait; the planner keeps the others to itself."""
 
 _HEAD, _TAIL, _GENERATION = 0, 8, 16
+_LAST = 2**63 - 1
 _FIRST = 3 * ALIGNMENT
 _PREFIX = struct.Struct("<IIII")
 
@@ -52,12 +55,15 @@ class PlanQueue:
 
     def take_over(self, generation: int) -> None:
         """Producer: from now on the records are this planner's."""
+        # crash point: queue.take_over.old
         store_release(self._words, _GENERATION, generation)
+        # crash point: queue.take_over.new
 
     def is_full(self) -> bool:
-        """Producer: whether `put` would find no slot."""
-        waiting = load_acquire(self._words, _HEAD) - load_acquire(self._words, _TAIL)
-        return waiting >= SLOTS
+        """Producer: whether `put` would find no slot, or a head that cannot move on."""
+        head = load_acquire(self._words, _HEAD)
+        waiting = head - load_acquire(self._words, _TAIL)
+        return head == _LAST or not 0 <= waiting < SLOTS
 
     def put(self, record: bytes) -> None:
         """Producer: append `record`; ask `is_full` before.
@@ -70,8 +76,11 @@ class PlanQueue:
         head = load_acquire(self._words, _HEAD)
         slot = self._slots[head % SLOTS]
         prefix = _PREFIX.pack(RECORD_VERSION, len(record), zlib.crc32(record), 0)
+        # crash point: queue.put.begin
         slot[: len(prefix) + len(record)] = np.frombuffer(prefix + record, np.uint8)
+        # crash point: queue.put.slot
         store_release(self._words, _HEAD, head + 1)
+        # crash point: queue.put.head
 
     def has_record(self) -> bool:
         """Consumer: whether a record waits; one atomic load."""
@@ -81,11 +90,17 @@ class PlanQueue:
         """Consumer: the oldest waiting record; it is taken even if it turns out to be damaged.
 
         Raises:
-            RoundError: another version of records, or a CRC that does not fit.
+            RoundError: another version of records, a CRC that does not fit, or no record.
         """
+        waiting = load_acquire(self._words, _HEAD) - self._tail
+        if not 0 < waiting <= SLOTS:
+            self._skip(waiting)
+        # crash point: queue.get.begin
         slot = self._slots[self._tail % SLOTS].tobytes()
+        # crash point: queue.get.slot
         self._tail += 1
         store_release(self._words, _TAIL, self._tail)
+        # crash point: queue.get.tail
         version, length, crc, _ = _PREFIX.unpack_from(slot)
         if version != RECORD_VERSION:
             raise RoundError(
@@ -96,3 +111,11 @@ class PlanQueue:
         if len(record) != length or zlib.crc32(record) != crc:
             raise RoundError("its checksum does not fit")
         return record
+
+    def _skip(self, waiting: int) -> NoReturn:
+        """Consumer: go on where the head stands, so that nobody asks for ever."""
+        self._tail += waiting
+        store_release(self._words, _TAIL, self._tail)
+        raise RoundError(
+            f"{waiting} records wait in a plan queue that holds {SLOTS}; they are dropped"
+        )

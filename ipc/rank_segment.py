@@ -6,8 +6,11 @@ worker writes all of them but the plan queue; the planner writes that one and re
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from .heat_ring import HeatRing
 from .liveness import SegmentError
@@ -15,15 +18,19 @@ from .names import rank_name
 from .plan_queue import PlanQueue
 from .round import record_limit
 from .segment import Segment, aligned, take_name
-from .shape import GroupShape, ModelShape
+from .shape import MOST_RANKS, GroupShape, ModelShape, ShapeError, check_shape, one_line
 from .status import Board, Field, StatusBlock, StepTimings
 
 
-class RankHeader(msgspec.Struct, frozen=True):
-    """Header of a worker's segment. All ranks of a group show the same shape."""
+class RankHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Header of a worker's segment. All ranks of a group show the same shape.
+
+    Rank and session tell a segment that bears the name of another one.
+    """
 
     shape: GroupShape
-    rank: int
+    rank: Annotated[int, Meta(ge=0, lt=MOST_RANKS)]
+    session: Annotated[str, Meta(max_length=32)]
 
 
 class RankAreas:
@@ -36,7 +43,7 @@ class RankAreas:
         self.timings = StepTimings(areas[1])
         self.board = Board(areas[2], (shape.layers, shape.ranks, shape.slots))
         self.plans = PlanQueue(areas[3], record_limit(shape))
-        self.heat = HeatRing(areas[4], shape.layers, shape.columns, shape.ring_slots)
+        self.heat = HeatRing(areas[4], shape.layers, shape.heat_columns, shape.ring_slots)
 
 
 class RankSegment(RankAreas):
@@ -52,16 +59,16 @@ class RankSegment(RankAreas):
         """The worker's own segment; call `publish` when the group is complete.
 
         Raises:
-            SegmentInUseError, SegmentError: as `session.take_name`.
+            SegmentInUseError, SegmentError: as `take_name`, or nobody would open such a segment.
         """
-        header = RankHeader(shape, rank)
-        segment = take_name(
-            session,
-            rank_name(session, rank),
-            msgspec.msgpack.encode(header),
-            segment_bytes(shape),
-            generation,
-        )
+        header = RankHeader(shape, rank, session)
+        content = msgspec.msgpack.encode(header)
+        try:
+            decode_header(content)
+        except ShapeError as error:
+            raise SegmentError(f"EP rank {rank} cannot describe its group: {error}") from error
+        name = rank_name(session, rank)
+        segment = take_name(session, name, content, segment_bytes(shape), generation)
         return cls(segment, header)
 
     @classmethod
@@ -69,13 +76,14 @@ class RankSegment(RankAreas):
         """Attach to a published segment; the planner needs `writable` for the plan queue.
 
         Raises:
-            SegmentError: as `Segment.open`, or it is no rank's, or cut short.
+            SegmentError: as `Segment.open`, or as `check_header`.
         """
         segment = Segment.open(name, writable)
-        header = segment.decode_header(RankHeader)
-        assert isinstance(header, RankHeader)
-        if len(segment.body) < segment_bytes(header.shape):
-            raise SegmentError(f"shared memory {name} is cut short")
+        try:
+            header = check_header(name, segment.header, len(segment.body))
+        except SegmentError:
+            segment.close()
+            raise
         return cls(segment, header)
 
     @property
@@ -96,9 +104,75 @@ class RankSegment(RankAreas):
         self.segment.close()
 
 
+def decode_header(content: bytes) -> RankHeader:
+    """The header in `content`; ShapeError if it is none, or of a group that cannot be."""
+    try:
+        header = msgspec.msgpack.decode(content, type=RankHeader)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ShapeError(f"it describes no rank: {one_line(error)}") from error
+    check_shape(header.shape)
+    if header.rank >= header.shape.ranks:
+        raise ShapeError(f"it says rank {header.rank} of {header.shape.ranks} ranks")
+    return header
+
+
+def check_header(name: str, content: bytes, body_bytes: int) -> RankHeader:
+    """The header in `content`, if segment `name` with `body_bytes` after it is what it says.
+
+    Raises:
+        SegmentError: no header of a rank, another name's, or a body of another length.
+    """
+    try:
+        header = decode_header(content)
+    except ShapeError as error:
+        raise SegmentError(
+            f"shared memory {name} has a wrong header: {error}; "
+            "run the same flash_eplb in the workers and the planner"
+        ) from error
+    maker = rank_name(header.session, header.rank)
+    if maker != name:
+        raise SegmentError(
+            f"shared memory {name} was made as {maker!r} and has got this name since; remove it"
+        )
+    wanted = segment_bytes(header.shape)
+    if body_bytes != wanted:
+        raise SegmentError(
+            f"shared memory {name} has {body_bytes} bytes after its header, its shape takes "
+            f"{wanted}: it was cut or has grown; restart the engine"
+        )
+    return header
+
+
+def check_group(ranks: list[RankSegment]) -> None:
+    """Refuse segments that are not of one group; `ranks` in the order of their names.
+
+    Raises:
+        SegmentError: naming the first rank whose generation or shape is not that of rank 0.
+    """
+    first = ranks[0]
+    for rank in ranks:
+        name = rank.segment.name
+        if rank.generation != first.generation:
+            raise SegmentError(
+                f"shared memory {name} is of generation {rank.generation}, rank 0 of "
+                f"{first.generation}: an engine is starting, or left it behind; "
+                "`eplb clean` removes what the dead left"
+            )
+        if rank.header.shape != first.header.shape:
+            raise SegmentError(
+                f"shared memory {name} describes another group than that of rank 0; "
+                "restart the engine"
+            )
+
+
 def segment_bytes(shape: GroupShape) -> int:
     """Bytes of a rank's segment, its header aside."""
     return sum(_area_sizes(shape))
+
+
+def step_bytes(shape: GroupShape) -> int:
+    """Bytes of one step in the heat ring."""
+    return HeatRing.slot_bytes(shape.layers, shape.heat_columns)
 
 
 def _area_sizes(shape: GroupShape) -> list[int]:
@@ -107,7 +181,7 @@ def _area_sizes(shape: GroupShape) -> list[int]:
         StepTimings.SIZE,
         Board.size(shape.layers * shape.columns),
         PlanQueue.size(record_limit(shape)),
-        HeatRing.size(shape.layers, shape.columns, shape.ring_slots),
+        HeatRing.size(shape.layers, shape.heat_columns, shape.ring_slots),
     ]
     return [aligned(size) for size in sizes]
 
@@ -120,7 +194,7 @@ def warmup() -> None:
     """Compile, or load from the cache, the kernels of both ends of a rank's segment."""
     shape = GroupShape((ModelShape("", 1),), 2, 2, 1, (0,), (1,), 1, 8)
     areas = RankAreas(np.zeros(segment_bytes(shape), np.uint8), shape)
-    areas.heat.push(1, 0, 0, 0, 0, [np.zeros((1, 2), np.int32)])
+    areas.heat.push(1, 0, 0, 0, 0, np.zeros((1, 2), np.int32))
     areas.heat.read()
     areas.board.write(0, np.zeros((1, 2, 1), np.int32))
     areas.board.read()

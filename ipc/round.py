@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from .placement import MOVE, PlacementError, apply_moves, check_placement
-from .shape import GroupShape
+from .shape import GroupShape, one_line
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """What fits into a shared word; a record with other numbers is refused."""
@@ -19,7 +19,7 @@ class RoundError(ValueError):
     """A round that must not be carried out; the text says what is wrong with it."""
 
 
-class Round(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
     """One step from a valid placement to the next: the slots to be written, all at once.
 
     Attributes:
@@ -59,7 +59,7 @@ def decode_round(record: bytes) -> Round:
     try:
         return msgspec.msgpack.decode(record, type=Round)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RoundError(f"not a round: {error}") from error
+        raise RoundError(f"not a round: {one_line(error)}") from error
 
 
 def round_identity(record: bytes) -> int:

@@ -15,24 +15,34 @@ import contextlib
 import fcntl
 import mmap
 import os
+import stat
 import struct
 import weakref
 import zlib
 from typing import ClassVar
 
-import msgspec
 import numpy as np
 import posix_ipc
 
 from .atomics import WORD, load_acquire, store_release
-from .liveness import SegmentError, SegmentInUseError, foreign, is_locked, open_fd, owner_is_alive
+from .limits import LimitError, no_room
+from .liveness import (
+    SegmentError,
+    SegmentInUseError,
+    foreign,
+    is_locked,
+    open_fd,
+    owner_is_alive,
+    wrong_mode,
+)
 from .session import remove_dead, session_lock
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of everything that lies in a segment; a reader of another one refuses it."""
 
 _MAGIC = int.from_bytes(b"FLSHEPLB", "little")
 _PREAMBLE = struct.Struct("<QIIIIqI")  # magic, layout, header bytes, uid, pid, generation, crc
+_MOST_HEADER = 2**20
 ALIGNMENT = 64
 
 
@@ -85,15 +95,20 @@ class Segment:
         except (OSError, posix_ipc.Error) as error:
             raise SegmentError(f"shared memory {name} cannot be made: {error}") from error
         try:
+            # crash point: segment.create.made
             os.posix_fallocate(shm.fd, 0, size)
+            # crash point: segment.create.reserved
             lock_fd = _lock_exclusively(name)
+            # crash point: segment.create.locked
             segment = cls(name, shm.fd, writable=True, lock_fd=lock_fd)
+            # crash point: segment.create.mapped
         except OSError as error:
             posix_ipc.unlink_shared_memory(name)
-            raise SegmentError(_no_room(name, size, error)) from error
+            raise LimitError(no_room(name, size, error)) from error
         finally:
             shm.close_fd()
         segment._write_header(header, start, generation)
+        # crash point: segment.create.header
         return segment
 
     def _write_header(self, header: bytes, start: int, generation: int) -> None:
@@ -101,25 +116,29 @@ class Segment:
         _PREAMBLE.pack_into(
             self.bytes.data, 0, 0, LAYOUT, len(header), os.geteuid(), os.getpid(), generation, crc
         )
+        # crash point: segment.create.preamble
         self.bytes[_PREAMBLE.size : _PREAMBLE.size + len(header)] = np.frombuffer(header, np.uint8)
         self.header, self.generation, self.pid = header, generation, os.getpid()
         self.body = self.bytes[start:]
 
     def publish(self) -> None:
         """Owner only: let others attach; everything written before is visible to them."""
+        # crash point: segment.publish.begin
         store_release(self.bytes[:8].view(WORD), 0, _MAGIC)
+        # crash point: segment.publish.end
 
     @classmethod
     def open(cls, name: str, writable: bool = False, published: bool = True) -> Segment:
         """Attach to a segment of the same user and layout, by default to a published one only.
 
         Raises:
-            SegmentError: it is absent, not published yet, another user's, or of another layout.
+            SegmentError: it is absent, not published yet, another user's, of another layout,
+                damaged, or no segment at all.
         """
         fd = open_fd(name, writable)
         try:
             _refuse_strangers(name, fd)
-            segment = cls(name, fd, writable)
+            segment = cls._map(name, fd, writable)
             segment._read_header(published)
         except BaseException:
             os.close(fd)
@@ -127,28 +146,20 @@ class Segment:
         segment._probe_fd = fd
         return segment
 
+    @classmethod
+    def _map(cls, name: str, fd: int, writable: bool) -> Segment:
+        try:
+            return cls(name, fd, writable)
+        except (OSError, ValueError) as error:  # longer than addresses reach, or emptied just now
+            raise SegmentError(f"shared memory {name} cannot be mapped: {error}") from error
+
     def _read_header(self, published: bool) -> None:
         magic = load_acquire(self.bytes[:8].view(WORD), 0)
-        _, layout, length, _uid, pid, generation, crc = _PREAMBLE.unpack_from(self.bytes.data, 0)
-        if published and magic != _MAGIC:
-            raise SegmentError(f"shared memory {self.name} is not ready or not flash_eplb's")
-        if layout != LAYOUT:
-            raise SegmentError(
-                f"shared memory {self.name} has layout {layout}, this version reads {LAYOUT}; "
-                "run the same flash_eplb in the workers and the planner"
-            )
-        header = self.bytes[_PREAMBLE.size : _PREAMBLE.size + length].tobytes()
-        if len(header) != length or zlib.crc32(header) != crc:
-            raise SegmentError(f"shared memory {self.name} has a damaged header")
-        self.header, self.generation, self.pid = header, generation, pid
-        self.body = self.bytes[aligned(_PREAMBLE.size + length) :]
-
-    def decode_header(self, kind: type[msgspec.Struct]) -> msgspec.Struct:
-        """The header as `kind`; SegmentError if it is not one."""
-        try:
-            return msgspec.msgpack.decode(self.header, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise SegmentError(f"shared memory {self.name}: {error}") from error
+        if magic != _MAGIC and (published or magic):
+            raise SegmentError(f"shared memory {self.name} is {_not_published(magic)}")
+        content = self.bytes[: _PREAMBLE.size + _MOST_HEADER].data
+        self.header, self.generation, self.pid = parse_header(self.name, content)
+        self.body = self.bytes[aligned(_PREAMBLE.size + len(self.header)) :]
 
     def owner_is_alive(self) -> bool:
         """Whether the process that made this very segment lives; True for the owner itself."""
@@ -157,10 +168,13 @@ class Segment:
     def close(self) -> None:
         """Unmap; the owner unlinks the name first. Safe to call twice."""
         if self._lock_fd is not None and self._owner_pid == os.getpid():
+            # crash point: segment.close.begin
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_shared_memory(self.name)
+            # crash point: segment.close.unlinked
             os.close(self._lock_fd)
             self._lock_fd = None
+            # crash point: segment.close.end
         if self._probe_fd is not None:
             os.close(self._probe_fd)
             self._probe_fd = None
@@ -173,6 +187,30 @@ class Segment:
             os.close(self._probe_fd)
 
 
+def parse_header(name: str, content: memoryview) -> tuple[bytes, int, int]:
+    """(header, generation, pid of the owner) of segment `name`, whose first bytes are `content`.
+
+    Raises:
+        SegmentError: another layout, a header that is cut, too long or damaged.
+    """
+    _, layout, length, _uid, pid, generation, crc = _PREAMBLE.unpack_from(content, 0)
+    if layout != LAYOUT:
+        raise SegmentError(
+            f"shared memory {name} has layout {layout}, this version reads {LAYOUT}; "
+            "run the same flash_eplb in the workers and the planner"
+        )
+    header = bytes(content[_PREAMBLE.size : _PREAMBLE.size + length])
+    if len(header) != length or zlib.crc32(header) != crc:
+        raise SegmentError(f"shared memory {name} has a damaged header; restart its owner")
+    return header, generation, pid
+
+
+def _not_published(magic: int) -> str:
+    if magic:
+        return "not flash_eplb's: it has another magic; remove it or choose another EPLB_SESSION"
+    return "not ready: its owner has not published it yet"
+
+
 def take_name(session: str, name: str, header: bytes, body_bytes: int, generation: int) -> Segment:
     """Create segment `name` after removing what dead processes of the session left.
 
@@ -181,12 +219,15 @@ def take_name(session: str, name: str, header: bytes, body_bytes: int, generatio
         SegmentError: no room, another user's segment, or the session lock is stuck.
     """
     with session_lock(session):
+        # crash point: take.locked
         if owner_is_alive(name):
             raise SegmentInUseError(
                 f"session {session!r} is in use: {name} belongs to the living process "
                 f"{_pid_of(name)}; stop it or choose another EPLB_SESSION"
             )
+        # crash point: take.dead
         remove_dead(session)
+        # crash point: take.removed
         return Segment.create(name, header, body_bytes, generation)
 
 
@@ -213,16 +254,8 @@ def _refuse_strangers(name: str, fd: int) -> None:
         raise SegmentError(foreign(name, status.st_uid))
     if status.st_size < _PREAMBLE.size:
         raise SegmentError(f"shared memory {name} is not ready: {status.st_size} bytes long")
-
-
-def _no_room(name: str, size: int, error: OSError) -> str:
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    return (
-        f"shared memory {name} needs {size / 2**20:.1f} MiB, /dev/shm has {free / 2**20:.1f} MiB "
-        f"free ({error.strerror}); lower EPLB_RING_STEPS or enlarge it "
-        "(docker run --shm-size=1g, mount -o remount,size=1G /dev/shm)"
-    )
+    if stat.S_IMODE(status.st_mode) != 0o600:
+        raise SegmentError(f"shared memory {name} is not ours: {wrong_mode(status.st_mode)}")
 
 
 def _forget_locks_after_fork() -> None:

@@ -35,7 +35,9 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
                 "choose another EPLB_SESSION"
             ) from error
         try:
+            # crash point: lock.opened
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # crash point: lock.locked
             if _is_same_file(path, fd):
                 break
         except BlockingIOError:
@@ -48,10 +50,13 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
             time.sleep(0.005)
         os.close(fd)
     try:
+        # crash point: lock.held
         yield
     finally:
+        # crash point: lock.ending
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+        # crash point: lock.unlinked
         os.close(fd)
 
 
@@ -79,8 +84,17 @@ def segment_names(session: str) -> list[str]:
 
 
 def dead_names(session: str) -> list[str]:
-    """Segments of `session` whose owner is dead; another user's are passed over."""
-    return [name for name in segment_names(session) if not _may_live(name)]
+    """What dead owners of `session` left: its queue and segments; another user's are passed over.
+
+    The queue comes first: it is found only by its name, so a cleaner that dies in between must
+    leave segments by which the next one finds the session.
+    """
+    dead = [name for name in segment_names(session) if not _may_live(name)]
+    bell = bell_name(session)
+    # Its owner makes it after the segment of rank 0 and removes it before.
+    if not _may_live(rank_name(session, 0)) and _is_queue_of_ours(bell):
+        return [bell, *dead]
+    return dead
 
 
 def _may_live(name: str) -> bool:
@@ -91,22 +105,28 @@ def _may_live(name: str) -> bool:
         return True
 
 
-def remove_dead(session: str) -> list[str]:
-    """Unlink what dead owners of `session` left and return the names. Call it under the lock.
+def _is_queue_of_ours(name: str) -> bool:
+    try:
+        queue = posix_ipc.MessageQueue(name, read=True, write=False)
+    except (OSError, posix_ipc.Error):  # there is none, or none of ours, or there never is any
+        return False
+    ours = os.fstat(queue.mqd).st_uid == os.geteuid()
+    queue.close()
+    return ours
 
-    The queue goes before the segments that tell of it, so that a death in between leaves a name
-    by which the next cleaner finds the rest.
-    """
+
+def remove_dead(session: str) -> list[str]:
+    """Unlink what dead owners of `session` left and return the names. Call it under the lock."""
     removed = []
-    dead = dead_names(session)
-    if dead and not _may_live(rank_name(session, 0)):
-        with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
-            posix_ipc.unlink_message_queue(bell_name(session))
-            removed.append(bell_name(session))
-    for name in dead:
+    bell = bell_name(session)
+    for name in dead_names(session):
         with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(name)
+            if name == bell:
+                posix_ipc.unlink_message_queue(name)
+            else:
+                posix_ipc.unlink_shared_memory(name)
             removed.append(name)
+        # crash point: remove.name
     return removed
 
 

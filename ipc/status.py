@@ -32,6 +32,14 @@ class State(IntEnum):
     STOPPED = 3
 
 
+def state_name(word: int) -> str:
+    """The name of the state in `word`, in lower case; any other word by its number."""
+    try:
+        return State(word).name.lower()
+    except ValueError:
+        return f"unknown ({word})"
+
+
 class Field(IntEnum):
     """Words of the status block. `*_ROUND` hold sequence numbers of the planner's generation."""
 
@@ -48,6 +56,8 @@ class Field(IntEnum):
     MOVED_ROWS = 10
     RECEIVED_BYTES = 11
     MISMATCHES = 12
+    HEAT_MERGED = 13
+    HEAT_DROPPED = 14
 
 
 class StatusBlock:
@@ -62,7 +72,9 @@ class StatusBlock:
         return load_acquire(self._words, int(field))
 
     def __setitem__(self, field: Field, value: int) -> None:
+        # crash point: status.old
         store_release(self._words, int(field), value)
+        # crash point: status.new
 
     def add(self, field: Field, amount: int = 1) -> None:
         """Writer: count `amount` more."""
@@ -76,11 +88,16 @@ class StatusBlock:
 @njit(cache=True, nogil=True)
 def _write_board(words, cells, epoch, placement):
     sequence = words[0]
+    # crash point: board.begin
     _store_release(words, 0, sequence + 1)
+    # crash point: board.odd
     fence_release()
     words[1] = epoch
+    # crash point: board.epoch
     cells[:] = placement
+    # crash point: board.cells
     _store_release(words, 0, sequence + 2)
+    # crash point: board.even
 
 
 @njit(cache=True, nogil=True)
@@ -114,7 +131,10 @@ class Board:
         _write_board(self._words, self._cells, epoch, placement.astype(np.int16).ravel())
 
     def read(self) -> tuple[int, np.ndarray] | None:
-        """(epoch, int32 [layers, ranks, slots]); None if it is being written or never was."""
+        """(epoch, int32 [layers, ranks, slots]); None if it is being written or never was.
+
+        Both as they stand there: whoever relies on them checks them.
+        """
         out = np.empty(self._cells.size, np.int16)
         before, after, epoch = _read_board(self._words, self._cells, out)
         if before != after or before == 0 or before % 2:
@@ -144,4 +164,4 @@ class StepTimings:
 
     def read(self) -> np.ndarray:
         """int64 [steps, 2]: spent and period of the latest steps, in no order."""
-        return self._samples[: min(int(self._count[0]), self.CAPACITY)].copy()
+        return self._samples[: min(max(0, int(self._count[0])), self.CAPACITY)].copy()

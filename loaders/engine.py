@@ -17,12 +17,12 @@ class Engine(Protocol):
             commit, between two steps.
         placement: int32 [layers, ranks, slots], the engine's placement at the start.
         loads: per model, int32 [layers of the model, ranks * slots]: this step's heat, counted by
-            the engine and set to zero by the collector.
+            the engine on its device and set to zero by the collector.
     """
 
     weights: list[list[torch.Tensor]]
     placement: np.ndarray
-    loads: list[np.ndarray]
+    loads: list[torch.Tensor]
 
     def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
         """Route by `placement` (int [layers, ranks, slots]) in `layers` from the next step on.

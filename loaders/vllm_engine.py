@@ -22,7 +22,7 @@ class VllmEngine:
         self.weights: list[list[torch.Tensor]] = [
             list(layer) for state in model_states for layer in state.model.expert_weights
         ]
-        self.loads = [state.expert_load_pass.numpy() for state in model_states]
+        self.loads: list[torch.Tensor] = [state.expert_load_pass for state in model_states]
         self._where = [
             (state, layer)
             for state in model_states

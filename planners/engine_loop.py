@@ -15,9 +15,10 @@ from ..ipc.status import Field, State
 from . import guard
 from .delivery import Delivery, Progress
 from .episodes import EpisodeWindow
-from .group import Group, StepHeat
+from .group import Group
 from .guard import Guard, Proposal
 from .policy import Policy
+from .step_heat import StepHeat
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -27,13 +28,15 @@ _QUIET_SECONDS = 60.0
 @dataclass(frozen=True)
 class Pace:
     """When the planner looks and plans: steps of an episode, episodes of the window, episodes
-    before the first plan and between two plans, and steps after which a plan is given up."""
+    before the first plan and between two plans, steps after which a plan is given up, and which
+    steps count, one of `step_heat.PHASES`."""
 
     episode_steps: int
     window_episodes: int
     min_episodes: int
     plan_interval: int
     timeout_steps: int
+    heat_phase: str = "all"
 
 
 class EngineLoop:
@@ -80,6 +83,7 @@ class EngineLoop:
         self._next_report = 0
         self._quiet_until = 0.0
         self._stopped = False
+        self._unphased = False
         self._placement = np.zeros(0)
         log.info(
             "serving an engine: %d layers, %d experts on %d ranks x %d slots",
@@ -91,8 +95,9 @@ class EngineLoop:
 
     def turn(self) -> None:
         """Once per bell: take the heat, follow the plan under way, or begin the next one."""
-        steps = list(self._group.read_heat())
+        steps = list(self._group.read_heat(self._pace.heat_phase))
         self._report_losses()
+        self._report_phases()
         if self._delivery is not None:
             self._follow_delivery(self._delivery)
         elif self._epoch < 0 or any(step.epoch > self._epoch for step in steps):
@@ -114,6 +119,16 @@ class EngineLoop:
             )
             self._lost = self._group.lost
             self._next_report = self._window.count + self._pace.window_episodes
+
+    def _report_phases(self) -> None:
+        """Once, that EPLB_HEAT_PHASE leaves out steps of which nobody knows the phase."""
+        if self._pace.heat_phase != "all" and self._group.unphased and not self._unphased:
+            self._unphased = True
+            log.warning(
+                "the engine does not say which steps are prefill and which are decode: with "
+                "EPLB_HEAT_PHASE=%s such steps do not count; unset it to count all",
+                self._pace.heat_phase,
+            )
 
     def _read_boards(self) -> None:
         board = self._group.committed()

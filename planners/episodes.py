@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 import numpy as np
 from numba import njit
 
-from .group import StepHeat
+from .step_heat import StepHeat
 
 _EPOCHS_KEPT = 256
 
@@ -73,8 +73,8 @@ class EpisodeWindow:
         _add_logical(self._total, step.heat, placement)
         load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2)
         self._physical = self._physical + load if self._filled else load
-        self._filled += 1
-        if self._filled == self._steps:
+        self._filled += step.span
+        if self._filled >= self._steps:
             self._close_episode()
 
     def _close_episode(self) -> None:

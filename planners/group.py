@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-from ..ipc.heat_ring import FLAG_DUMMY
+from ..ipc.limits import check_files
 from ..ipc.liveness import SegmentError
 from ..ipc.names import rank_name
+from ..ipc.placement import PlacementError, check_placement
 from ..ipc.rank_segment import RankSegment
+from .step_heat import StepHeat, StepMatcher, group_heat
 
-
-class StepHeat(NamedTuple):
-    """The group's heat in one step: int64 [layers, columns], counted under `epoch`."""
-
-    step: int
-    epoch: int
-    heat: np.ndarray
+log = logging.getLogger("flash_eplb.planner")
 
 
 class Group:
     """The living ranks of one session. Make one with `attach`."""
 
+    _trouble = ""
+
     def __init__(self, ranks: list[RankSegment]):
         self.ranks = ranks
         self.shape = ranks[0].header.shape
         self.generation = ranks[0].generation
-        self._counting = [ranks[rank] for rank in self.shape.counting]
-        self._waiting: list[dict[int, tuple[int, int, np.ndarray]]] = [{} for _ in self._counting]
-        self.unmatched = 0
+        every = self.shape.counts_own_slots
+        self._counting = ranks if every else [ranks[rank] for rank in self.shape.counting]
+        self.unphased = 0
+        self._matcher = StepMatcher(len(self._counting), self.shape.ring_slots)
 
     @classmethod
     def attach(cls, session: str) -> Group:
@@ -38,9 +37,11 @@ class Group:
 
         Raises:
             SegmentError: there is none, it is not complete yet, or a rank is dead.
+            LimitError: this process may not open as many files.
         """
         ranks = [RankSegment.open(rank_name(session, 0), writable=True)]
         try:
+            check_files(ranks[0].header.shape.ranks + 8, "the planner")
             for rank in range(1, ranks[0].header.shape.ranks):
                 ranks.append(RankSegment.open(rank_name(session, rank), writable=True))
             for found in ranks:
@@ -61,7 +62,7 @@ class Group:
         return all(rank.owner_is_alive() for rank in self.ranks)
 
     def committed(self) -> tuple[int, np.ndarray] | None:
-        """(epoch, int32 [layers, ranks, slots]) if all ranks show the same; else None."""
+        """(epoch, int32 [layers, ranks, slots]) if all ranks show the same and it is valid."""
         boards = [rank.board.read() for rank in self.ranks]
         first = boards[0]
         for board in boards:
@@ -69,39 +70,47 @@ class Group:
                 return None
             if not np.array_equal(board[1], first[1]):
                 return None
-        return first
+        return first if first and self._is_valid(*first) else None
+
+    def _is_valid(self, epoch: int, placement: np.ndarray) -> bool:
+        """Whether the boards may be relied on; says once what is wrong with them."""
+        trouble = f"epoch {epoch}" if epoch < 0 else ""
+        try:
+            check_placement(placement, self.shape.experts)
+        except PlacementError as error:
+            trouble = str(error)
+        if trouble and trouble != self._trouble:
+            log.error(
+                "the placement boards are damaged: %s; nothing is planned from them, restart the "
+                "engine",
+                trouble,
+            )
+        self._trouble = trouble
+        return not trouble
 
     @property
     def lost(self) -> int:
         """Records that a ring's writer overwrote before they were read."""
         return sum(rank.heat.lost for rank in self._counting)
 
-    def read_heat(self) -> Iterator[StepHeat]:
+    @property
+    def unmatched(self) -> int:
+        """Steps left out because a rank lost them, or counted them under another epoch."""
+        return self._matcher.unmatched
+
+    def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.
 
-        A step that one of them lost is left out and counted in `unmatched`. Dummy steps of all
-        ranks are left out.
+        Args:
+            phase: one of `PHASES`; steps of another phase are left out, and dummy steps.
         """
-        for rank, waiting in zip(self._counting, self._waiting, strict=True):
-            while len(records := rank.heat.read()[:]) and len(records[0]):
-                for step, _, _, flags, epoch, heat in zip(*records, strict=True):
-                    waiting[int(step)] = (int(flags), int(epoch), heat)
-        common = set(self._waiting[0]).intersection(*self._waiting[1:])
-        for step in sorted(common):
-            parts = [waiting.pop(step) for waiting in self._waiting]
-            if any(epoch != parts[0][1] for _, epoch, _ in parts):
-                self.unmatched += 1
-            elif not all(flags & FLAG_DUMMY for flags, _, _ in parts):
-                heat = np.sum([part[2] for part in parts], axis=0, dtype=np.int64)
-                yield StepHeat(step, parts[0][1], heat)
-        if common:
-            self._forget_before(max(common))
-
-    def _forget_before(self, step: int) -> None:
-        for waiting in self._waiting:
-            for old in [key for key in waiting if key < step]:
-                del waiting[old]
-                self.unmatched += 1
+        for number, rank in enumerate(self._counting):
+            while len((records := rank.heat.read()).steps):
+                self._matcher.add(number, records)
+        for parts in self._matcher.take():
+            self.unphased += all(part.flags == 0 for part in parts)
+            if (heat := group_heat(parts, self.shape, phase)) is not None:
+                yield heat
 
     def close(self) -> None:
         """Unmap all segments."""

@@ -12,11 +12,13 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ..ipc.doorbell import Doorbell
-from ..ipc.liveness import SegmentError
+from ..ipc.limits import LimitError
+from ..ipc.liveness import SegmentAbsentError, SegmentError
 from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
@@ -29,6 +31,7 @@ log = logging.getLogger("flash_eplb.planner")
 _LOOK_FOR_ENGINE = 0.5
 _LOOK_AT_RANKS = 1.0
 _LOOKS_BEFORE_HINT = 120
+_LOOKS_BEFORE_REFUSAL = 10  # an engine that is just starting is not ready for a moment
 
 
 class Planner:
@@ -67,6 +70,7 @@ class Planner:
 
         Raises:
             SegmentInUseError: another planner serves the session.
+            LimitError: this process may not open as many files as the engine has ranks.
             PolicyError: the policy cannot be made for the engine that was found.
         """
         lock = take_name(self._session, planner_name(self._session), b"", 0, self._generation)
@@ -90,7 +94,9 @@ class Planner:
             lock.close()
 
     async def _find_engine(self) -> Group | None:
+        """The engine of the session, as soon as there is one that can be served."""
         looks = 0
+        refusals: Counter[str] = Counter()
         while not self._stopping.is_set():
             looks += 1
             if looks == _LOOKS_BEFORE_HINT:
@@ -102,8 +108,14 @@ class Planner:
                 )
             try:
                 return Group.attach(self._session)
-            except SegmentError as error:
+            except LimitError:
+                raise
+            except SegmentAbsentError as error:
                 log.debug("no engine yet: %s", error)
+            except SegmentError as error:
+                refusals[str(error)] += 1
+                if refusals[str(error)] == _LOOKS_BEFORE_REFUSAL:
+                    log.warning("cannot serve the engine of session %r: %s", self._session, error)
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_FOR_ENGINE)
         return None
@@ -111,7 +123,13 @@ class Planner:
     async def _serve(self, group: Group) -> None:
         """Plan for `group` until it dies or the planner is stopped."""
         loop = asyncio.get_running_loop()
-        bell = Doorbell.open(bell_name(self._session))
+        try:
+            bell = Doorbell.open(bell_name(self._session))
+        except SegmentError:
+            if group.is_alive():
+                raise
+            self._leave(group)  # it died since it was found
+            return
         loop.add_reader(bell.descriptor, self._wake.set)
         try:
             for rank in group.ranks:

@@ -14,6 +14,18 @@ from flash_eplb.ipc.names import bell_name
 settings.register_profile("flash_eplb", deadline=None)
 settings.load_profile("flash_eplb")
 
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="run tests marked soak in their long form")
+
+
+@pytest.fixture
+def amount(request):
+    """`amount(short, long)` is `short`, or `long` under --soak (`make soak`)."""
+    return lambda short, long: long if request.config.getoption("--soak") else short
+
+
 OURS = f"t-{os.getpid()}-"
 _numbers = itertools.count()
 

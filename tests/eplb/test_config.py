@@ -16,6 +16,7 @@ DEFAULTS = {
     "cpu_patches": False,
     "policy": "flashlb",
     "episode_steps": 16,
+    "heat_phase": "all",
     "window_episodes": 64,
     "min_episodes": 8,
     "plan_interval": 8,

@@ -1,3 +1,4 @@
+import os
 import sys
 import threading
 from datetime import timedelta
@@ -12,6 +13,7 @@ from cluster import FakeEngine
 
 from flash_eplb.eplb.config import Config
 from flash_eplb.eplb.worker import Group, UnsupportedError, Worker, reference_digests
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.segment import take_name
@@ -159,6 +161,37 @@ def test_an_engine_that_lives_in_the_session_is_named_by_pid(workers, session):
         assert "EPLB_SESSION" in worker.refused
     living.close()
     assert segment_names(session) == []
+
+
+def test_too_little_shared_memory_is_refused_for_the_whole_group(workers, session, monkeypatch):
+    monkeypatch.setattr("flash_eplb.ipc.limits.free_bytes", lambda: 100_000)
+    group = workers()
+    group.step()
+    for worker in group.workers:
+        assert "EP rank 0: 2 ranks need 0." in worker.refused
+        assert "/dev/shm has 0.1 MiB free; enlarge it (docker run" in worker.refused
+    assert segment_names(session) == []
+
+
+def test_what_dead_ranks_left_does_not_count_as_taken(workers, session, monkeypatch):
+    left = f"/dev/shm{rank_name(session, 5)}"
+    with open(left, "wb"):
+        pass
+    monkeypatch.setattr(
+        "flash_eplb.ipc.limits.free_bytes", lambda: 0 if os.path.exists(left) else 10**9
+    )
+    group = workers()
+    group.step()
+    assert not group.workers[0].refused
+
+
+def test_the_phase_of_a_step_is_recorded(workers, session):
+    group = workers()
+    for phase in (FLAG_PREFILL, FLAG_DECODE):
+        group.run(lambda rank: group.workers[rank].forward(3))
+        group.run(lambda rank, phase=phase: group.workers[rank].step(False, phase))
+    records = RankSegment.open(rank_name(session, 0)).heat.read()
+    assert records.flags.tolist() == [FLAG_PREFILL, FLAG_DECODE]
 
 
 def test_hosts_that_differ_are_refused_by_name(workers, monkeypatch):

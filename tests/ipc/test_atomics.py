@@ -11,6 +11,7 @@ WORDS = int64[::1]
 CELLS = int16[::1]
 LOAD = r"load atomic i64, .* acquire, align 8"
 STORE = r"store atomic i64 .* release, align 8"
+COPY = r"call void @llvm.memcpy"
 
 
 def compiled(kernel, *signature):
@@ -57,39 +58,27 @@ def test_a_store_is_one_atomic_release():
     assert len(found(compiled(store_release, WORDS, int64, int64), STORE)) == 1
 
 
-def test_a_record_begins_with_its_odd_sequence_and_a_fence_before_the_data():
-    lines = compiled(heat_ring._begin, WORDS, *[int64] * 7)
-    (odd,) = found(lines, STORE)
+def test_a_record_is_written_between_its_odd_and_its_even_sequence_and_then_shown():
+    lines = compiled(heat_ring._push, WORDS, *[int64] * 8, int32[:, ::1])
+    odd, even, head = found(lines, STORE)
     (fence,) = found(lines, "fence release")
-    data = found(lines, r"store i64 %arg")
-    assert odd < fence < min(data)
-    assert len(data) == 5
-
-
-def test_a_record_ends_with_the_release_of_its_sequence_and_then_of_the_head():
-    lines = compiled(heat_ring._end, WORDS, int64, int64)
-    sequence, head = found(lines, STORE)
-    assert "%arg.words.4" not in lines[sequence].split("ptr")[1]
+    fields = found(lines, r"store i64 %arg")
+    (copy,) = found(lines, COPY)
+    assert odd < fence < min(fields)
+    assert len(fields) == 6
+    assert max(fields) < copy < even < head
+    assert "%arg.words.4" not in lines[even].split("ptr")[1]
     assert "%arg.words.4" in lines[head].split("ptr")[1]
 
 
-def test_a_reader_acquires_and_fences_before_it_looks_again():
-    lines = compiled(
-        heat_ring._read,
-        WORDS,
-        int64,
-        int64,
-        int32[:, :, :],
-        int64,
-        int64[:, ::1],
-        int32[:, :, ::1],
-    )
+def test_a_reader_acquires_and_fences_between_its_copy_and_its_second_look():
+    lines = compiled(heat_ring._read, WORDS, int64, int64, int64, int64[:, ::1], int32[:, :, ::1])
     assert len(found(lines, LOAD)) >= 3
-    fences = found(lines, "fence acquire")
-    assert fences
-    for fence in fences:
-        again = min(line for line in found(lines, LOAD) if line > fence)
-        assert not found(lines[fence:again], r"load|br |^\S+:")
+    (copy,) = found(lines, COPY)
+    (fence,) = found(lines, "fence acquire")
+    again = min(line for line in found(lines, LOAD) if line > fence)
+    assert copy < fence
+    assert not found(lines[copy + 1 : again], r"load|store|call|br |^\S+:")
 
 
 def test_the_board_is_written_between_two_releases():

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.ipc import heat_ring
 from flash_eplb.ipc.heat_ring import HeatRing
-from flash_eplb.ipc.segment import take_name
+from flash_eplb.ipc.segment import ALIGNMENT, take_name
 
 
 def body(layers, columns, slots):
@@ -20,24 +19,22 @@ def counts(index, layers, columns):
     return cells + np.int32(index * 10_001)
 
 
-def push(ring, index, layers, columns, models=1):
+def push(ring, index, layers, columns):
     heat = counts(index, layers, columns)
-    parts = [part.copy() for part in np.array_split(heat, models)]
-    ring.push(index, 3 * index, 5 * index, index % 2, 7 * index, parts)
-    assert not any(part.any() for part in parts)
+    ring.push(index, 3 * index, 5 * index, index % 2, 7 * index, heat, 9 * index)
+    assert (heat == counts(index, layers, columns)).all()
 
 
 def check(records, layers, columns):
     """Every record is whole; returns their numbers."""
     for index, *rest, heat in zip(*records, strict=True):
-        assert rest == [3 * index, 5 * index, index % 2, 7 * index]
+        assert rest == [3 * index, 5 * index, index % 2, 7 * index, 9 * index]
         assert (heat == counts(index, layers, columns)).all()
     return records.steps.tolist()
 
 
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 6)),
-    models=st.integers(1, 3),
     actions=st.lists(
         st.one_of(
             st.tuples(st.just("push"), st.integers(1, 9)),
@@ -46,7 +43,7 @@ def check(records, layers, columns):
         max_size=30,
     ),
 )
-def test_what_is_not_read_is_counted_as_lost(shape, models, actions):
+def test_what_is_not_read_is_counted_as_lost(shape, actions):
     layers, columns, slots = shape
     memory = body(*shape)
     writer, reader = HeatRing(memory, *shape), HeatRing(memory, *shape)
@@ -54,7 +51,7 @@ def test_what_is_not_read_is_counted_as_lost(shape, models, actions):
     for action, number in [*actions, ("read", 99)]:
         if action == "push":
             for index in range(written, written + number):
-                push(writer, index, layers, columns, models)
+                push(writer, index, layers, columns)
             written += number
             continue
         oldest = max(cursor, written - slots)
@@ -77,28 +74,37 @@ def test_a_ring_stays_within_its_body(slots, layers, columns):
     assert (memory[size:] == 7).all()
 
 
-def test_models_are_concatenated_and_their_counts_set_to_zero():
-    ring = HeatRing(body(3, 2, 4), 3, 2, 4)
-    models = [np.array([[1, 2]], np.int32), np.array([[3, 4], [5, 6]], np.int32)]
-    ring.push(9, 8, 7, 6, 5, models)
-    assert [model.tolist() for model in models] == [[[0, 0]], [[0, 0], [0, 0]]]
+def test_a_record_holds_every_field():
+    ring = HeatRing(body(2, 2, 4), 2, 2, 4)
+    ring.push(9, 8, 7, 6, 5, np.array([[1, 2], [3, 4]], np.int32), span=3)
+    ring.push(10, 8, 7, 6, 5, np.array([[5, 6], [7, 8]], np.int32))
     records = ring.read()
-    assert [field.tolist() for field in records[:5]] == [[9], [8], [7], [6], [5]]
-    assert records.heat.tolist() == [[[1, 2], [3, 4], [5, 6]]]
+    assert records.steps.tolist() == [9, 10]
+    assert [field.tolist() for field in records[1:5]] == [[8, 8], [7, 7], [6, 6], [5, 5]]
+    assert records.spans.tolist() == [3, 1]
+    assert records.heat.tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
     assert records.heat.dtype == np.int32
 
 
-def test_counts_with_gaps_in_memory_are_read_and_zeroed_too():
-    ring = HeatRing(body(2, 3, 2), 2, 3, 2)
-    wide = np.arange(12, dtype=np.int32).reshape(2, 6)
-    ring.push(0, 0, 0, 0, 0, [wide[:, ::2]])
-    assert wide.tolist() == [[0, 1, 0, 3, 0, 5], [0, 7, 0, 9, 0, 11]]
-    assert ring.read().heat.tolist() == [[[0, 2, 4], [6, 8, 10]]]
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        (np.zeros((2, 4), np.int32), r"int32\[2, 4\]"),
+        (np.zeros((2, 2), np.int32), r"int32\[2, 2\]"),
+        (np.zeros((2, 3), np.int64), r"int64\[2, 3\]"),
+        (np.zeros((2, 6), np.int32)[:, ::2], r"int32\[2, 3\]"),
+    ],
+)
+def test_counts_that_are_no_record_are_refused(counts, found):
+    memory = body(2, 3, 2)
+    with pytest.raises(ValueError, match=rf"counts are {found}; a record holds contiguous int32"):
+        HeatRing(memory, 2, 3, 2).push(0, 0, 0, 0, 0, counts)
+    assert not memory.any()
 
 
 def test_an_empty_ring_has_nothing():
     records = HeatRing(body(1, 1, 1), 1, 1, 1).read()
-    assert [len(field) for field in records] == [0] * 6
+    assert [len(field) for field in records] == [0] * 7
 
 
 def test_two_readers_do_not_disturb_each_other():
@@ -128,12 +134,12 @@ def test_a_follower_loses_nothing_that_was_gone_before_it_came():
     assert check(late.read(), 1, 2) == [6]
 
 
-def test_a_writer_that_dies_in_a_record_leaves_the_others():
+def test_a_record_that_is_being_written_is_lost_and_the_others_are_whole():
     memory = body(1, 2, 3)
     writer, reader = HeatRing(memory, 1, 2, 3), HeatRing(memory, 1, 2, 3)
     for index in range(3):
         push(writer, index, 1, 2)
-    heat_ring._begin(writer._words, 8, 3, 3, 9, 15, 1, 21)  # over record 0, and never ended
+    memory[ALIGNMENT : ALIGNMENT + 8].view("<i8")[0] = 2 * 3 + 1  # record 3 over record 0
     assert check(reader.read(), 1, 2) == [1, 2]
     assert reader.lost == 1
     assert check(reader.read(), 1, 2) == []
@@ -153,7 +159,7 @@ cells = np.arange(layers * columns, dtype=np.int32).reshape(layers, columns)
 heat = np.empty_like(cells)
 for index in range(records):
     np.add(cells, index * 10_001, out=heat)
-    ring.push(index, 3 * index, 5 * index, index % 2, 7 * index, [heat])
+    ring.push(index, 3 * index, 5 * index, index % 2, 7 * index, heat, 9 * index)
     if index == 0:
         print("writing", flush=True)
 print("written", flush=True)

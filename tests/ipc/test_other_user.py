@@ -92,8 +92,8 @@ def test_another_users_leftovers_are_named_and_left_alone(session, start):
     assert said["dead"] == said["remove"] == "[]"
     for what in ("alive", "open", "take"):
         assert said[what] == (
-            f"SegmentError: shared memory /eplb.{session}.rank.0 belongs to another user; "
-            "choose another EPLB_SESSION"
+            f"SegmentError: shared memory /eplb.{session}.rank.0 belongs to user id 65533, not to "
+            "65534; choose another EPLB_SESSION"
         )
     assert "exists already" in said["create"]
     assert said["open bell"].startswith(f"SegmentError: message queue /eplb.{session}.bell cannot")

@@ -35,7 +35,7 @@ class FakeEngine:
         self.placement = initial_placement(layers, experts, ranks, slots)
         self.rank = rank
         self.routed = self.placement.copy()
-        self.loads = [np.zeros((layers, ranks * slots), np.int32)]
+        self.loads = [torch.zeros((layers, ranks * slots), dtype=torch.int32)]
         self.weights: list[list[torch.Tensor]] = []
         for layer in range(layers):
             ids = torch.from_numpy(self.placement[layer, rank].astype(np.float32))

@@ -15,7 +15,9 @@ from flash_eplb.ipc.status import Field
 class FakeEngine:
     """All ranks of a group in one process; `step` counts heat and carries out waiting rounds."""
 
-    def __init__(self, session: str, layers=2, experts=8, ranks=2, slots=5, counting=(0,), rows=4):
+    def __init__(
+        self, session: str, layers=2, experts=8, ranks=2, slots=5, counting=(0,), rows=4, own=False
+    ):
         self.shape = GroupShape(
             models=(ModelShape("fake", layers),),
             experts=experts,
@@ -25,7 +27,9 @@ class FakeEngine:
             row_bytes=(64,) * layers,
             staging_rows=rows,
             ring_slots=64,
+            counts_own_slots=own,
         )
+        self.flags = 0
         self.ranks = [RankSegment.create(session, self.shape, rank, 3) for rank in range(ranks)]
         self.bell = Doorbell.create(bell_name(session))
         physical = np.arange(ranks * slots, dtype=np.int32) % experts
@@ -45,8 +49,12 @@ class FakeEngine:
         for layer in range(self.shape.layers):
             counts = np.bincount(flat[layer], minlength=self.shape.experts)
             heat[layer] = demand[layer][flat[layer]] // counts[flat[layer]]
-        for rank in self.ranks:
-            rank.heat.push(self.steps, 0, 8, 0, self.epoch, [heat.copy()])
+        shares = [heat] * len(self.ranks)
+        if self.shape.counts_own_slots:
+            shares = np.split(heat, len(self.ranks), axis=1)
+        for rank, share in zip(self.ranks, shares, strict=True):
+            counts = np.ascontiguousarray(share)
+            rank.heat.push(self.steps, 0, 8, self.flags, self.epoch, counts)
             rank.status[Field.STEP] = self.steps
         self._serve()
         self.bell.ring()

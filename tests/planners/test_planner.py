@@ -1,8 +1,11 @@
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,15 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
+from flash_eplb.ipc.limits import LimitError
 from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
 from flash_eplb.ipc.names import planner_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.planners.engine_loop import Pace
 from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.group import Group
 from flash_eplb.planners.planner import Planner
 
 PACE = Pace(episode_steps=2, window_episodes=8, min_episodes=4, plan_interval=4, timeout_steps=1000)
@@ -40,9 +46,9 @@ def run(scenario, timeout=90.0):
 
 
 @contextlib.asynccontextmanager
-async def planning(session, policy=FlashLB):
+async def planning(session, policy=FlashLB, pace=PACE):
     """A planner that serves until the block ends."""
-    planner = Planner(session, policy, PACE)
+    planner = Planner(session, policy, pace)
     task = asyncio.create_task(planner.run())
     yield
     planner.stop()
@@ -77,6 +83,45 @@ def test_it_balances_an_engine_and_stops_when_told(session, engine):
     run(scenario())
     assert not owner_is_alive(planner_name(session))
     assert all(rank.plans.generation == 0 for rank in engine.ranks)
+
+
+def test_an_engine_whose_ranks_count_their_own_slots_is_balanced_too(session):
+    engine = FakeEngine(session, own=True)
+
+    async def scenario():
+        async with planning(session):
+            before = rank_load(engine, SKEWED)
+            await until(engine, lambda: engine.epoch >= 1)
+            await until(engine, lambda: not engine.steps % 40)
+            assert (rank_load(engine, SKEWED).max(axis=1) < before.max(axis=1)).all()
+
+    run(scenario())
+    engine.close()
+
+
+def test_only_the_phase_that_was_asked_for_counts(session, engine, caplog):
+    async def scenario():
+        async with planning(session, pace=replace(PACE, heat_phase="decode")):
+            engine.flags = FLAG_PREFILL
+            await until(engine, lambda: engine.steps >= 200)
+            assert engine.epoch == 0
+            engine.flags = FLAG_DECODE
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert not caplog.text
+
+
+def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session, engine, caplog):
+    async def scenario():
+        async with planning(session, pace=replace(PACE, heat_phase="prefill")):
+            await until(engine, lambda: engine.steps >= 200)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert engine.epoch == 0
+    assert caplog.text.count("EPLB_HEAT_PHASE=prefill such steps do not count") == 1
 
 
 def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engine):
@@ -214,6 +259,59 @@ def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engi
         run(scenario())
     assert caplog.text.count("EP ranks [1] have stopped balancing") == 1
     assert engine.epoch == 0
+
+
+def test_an_engine_that_cannot_be_served_is_complained_about_once(session, caplog, monkeypatch):
+    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
+    engine = FakeEngine(session)
+    engine.ranks[1].segment.bytes[8] += 1  # the layout of another version
+
+    async def scenario():
+        async with planning(session):
+            while "cannot serve the engine" not in caplog.text:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert caplog.text.count("cannot serve the engine of session") == 1
+    assert "run the same flash_eplb in the workers and the planner" in caplog.text
+    engine.close()
+
+
+def test_too_few_files_for_the_ranks_end_it_with_the_numbers(session, engine):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def scenario():
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, before[1]))
+        try:
+            await Planner(session, FlashLB, PACE).run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    with pytest.raises(LimitError, match=r"the planner opens 10 files and may open \d \("):
+        run(scenario())
+    assert not owner_is_alive(planner_name(session))
+
+
+def test_an_engine_that_dies_as_it_is_found_is_left_again(session, monkeypatch):
+    engine = FakeEngine(session)
+    attach = Group.attach
+
+    def attach_to_the_dying(session):
+        group = attach(session)
+        engine.close()
+        return group
+
+    monkeypatch.setattr(Group, "attach", attach_to_the_dying)
+
+    async def scenario():
+        planner = Planner(session, FlashLB, PACE, exit_with_engine=True)
+        await planner.run()
+
+    run(scenario())
+    assert segment_names(session) == []
 
 
 def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypatch):

@@ -73,6 +73,7 @@ class Generated:
         self.passes = result["passes"]
         self.commits = result["commits"]
         self.reload = result["reload"]
+        self.flags = result["flags"]
         self.log = log
 
 

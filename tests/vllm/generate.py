@@ -3,7 +3,8 @@
 Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS [ENGINE_ARGUMENTS.json]
 
 Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes), and writes
-{"passes": [[[token ids]]], "commits": rounds, "reload": what `reload_weights` raised}.
+{"passes": [[[token ids]]], "commits": rounds, "reload": what `reload_weights` raised,
+"flags": those of the latest steps' heat}.
 """
 
 import json
@@ -48,7 +49,11 @@ def main() -> None:
         if observer.commits() >= int(least):
             break
         wait_for_planner(load_config().session)
-    result = {"passes": passes, "commits": observer.commits(), "reload": ""}
+    rings = observer.group.ranks if observer.group is not None else []
+    for rank in rings:
+        rank.heat.follow()
+    flags = sorted({int(flag) for rank in rings for flag in rank.heat.read(256).flags})
+    result = {"passes": passes, "commits": observer.commits(), "reload": "", "flags": flags}
     if int(least):
         try:
             llm.collective_rpc("reload_weights")

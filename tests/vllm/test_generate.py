@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import SETTINGS, assert_nothing_left
 
 from flash_eplb.eplb.demo.traffic import differences
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
 
 MUTATION = """
 def register():
@@ -40,6 +41,7 @@ def test_tokens_are_the_same_with_at_least_five_commits(generate, reference, ses
         assert compared == 8 * 8 * 40
         assert differing == 0
     assert "flash_eplb balances session" in ours.log
+    assert {FLAG_PREFILL, FLAG_DECODE} <= set(ours.flags)
     assert "flash_eplb has moved experts since the start" in ours.reload
     assert_nothing_left(session)
 

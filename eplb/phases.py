@@ -1,0 +1,41 @@
+"""Which steps are prefill and which are decode, as vLLM's model runner knows it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..ipc.flags import FLAG_DECODE, FLAG_PREFILL
+
+
+def show_batches(runner_class: type) -> None:
+    """Let `runner_class` hand its batch to its EPLB state (`state.batch`) before each step.
+
+    A runner without `eplb_step` is left as it is: the phase of its steps is unknown then.
+    """
+    original = getattr(runner_class, "eplb_step", None)
+    if original is None or hasattr(original, "_flash_eplb"):
+        return
+
+    @functools.wraps(original)
+    def eplb_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.eplb_state.batch = getattr(self, "input_batch", None)
+        return original(self, *args, **kwargs)
+
+    eplb_step._flash_eplb = True  # type: ignore[attr-defined]
+    runner_class.eplb_step = eplb_step  # type: ignore[attr-defined]
+
+
+def phase_of(batch: Any) -> int:
+    """`FLAG_PREFILL`, `FLAG_DECODE` or both for the forward pass of `batch`; 0 if it is unknown.
+
+    Args:
+        batch: vLLM's `InputBatch` between a forward pass and the next one: `num_prompt_tokens` and
+            `num_computed_tokens_cpu` (before the pass) of its first `num_reqs` requests.
+    """
+    try:
+        requests = int(batch.num_reqs)
+        prefill = batch.num_computed_tokens_cpu[:requests] < batch.num_prompt_tokens[:requests]
+    except AttributeError:
+        return 0
+    return FLAG_PREFILL * bool(prefill.any()) | FLAG_DECODE * (not prefill.all())

@@ -1,0 +1,133 @@
+"""What the machine must have room for, checked at the start: each lack by its number and remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+from .liveness import SegmentError
+
+QUEUE_BYTES = 388
+"""What Linux charges a user for a doorbell: 4 messages of 1 byte, and 48 + 48 for each slot."""
+
+_ENLARGE = "docker run --shm-size=1g, mount -o remount,size=1G /dev/shm"
+
+
+class LimitError(SegmentError):
+    """A limit of the machine or of the process that is too low; the text tells how to raise it."""
+
+
+def free_bytes() -> int:
+    """Bytes that this user may still take in /dev/shm."""
+    status = os.statvfs("/dev/shm")
+    return status.f_bavail * status.f_frsize
+
+
+def check_memory(ranks: int, fixed_bytes: int, step_bytes: int, ring_steps: int) -> None:
+    """Refuse a group whose segments do not fit into /dev/shm.
+
+    Args:
+        ranks: of the group on this host; each has a segment.
+        fixed_bytes: of a segment without its heat ring.
+        step_bytes: of a step in the heat ring.
+        ring_steps: EPLB_RING_STEPS.
+
+    Raises:
+        LimitError: bytes needed, bytes free, and how many steps would fit.
+    """
+    needed, free = ranks * (fixed_bytes + ring_steps * step_bytes), free_bytes()
+    if needed <= free:
+        return
+    fitting = (free // ranks - fixed_bytes) // step_bytes
+    lower = f"lower EPLB_RING_STEPS from {ring_steps} to {fitting} or less, or " * (fitting >= 8)
+    raise LimitError(
+        f"{ranks} ranks need {_mib(needed)} of shared memory, /dev/shm has {_mib(free)} free; "
+        f"{lower}enlarge it ({_ENLARGE})"
+    )
+
+
+def no_room(name: str, size: int, error: OSError) -> str:
+    """What to say when `size` bytes for segment `name` could not be had at its creation."""
+    return (
+        f"shared memory {name} needs {_mib(size)}, /dev/shm has {_mib(free_bytes())} free "
+        f"({error.strerror}); lower EPLB_RING_STEPS or enlarge it ({_ENLARGE})"
+    )
+
+
+def check_files(more: int, what: str) -> None:
+    """Refuse to go on if this process may not open `more` files.
+
+    Args:
+        more: descriptors that will be opened.
+        what: who opens them, for the text.
+
+    Raises:
+        LimitError: what is needed, what is left, and the limit.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = len(os.listdir("/proc/self/fd")) - 1  # one of them was for this look
+    if limit == resource.RLIM_INFINITY or used + more <= limit:
+        return
+    left, enough = max(0, limit - used), 2 * (used + more)
+    raise LimitError(
+        f"{what} opens {more} files and may open {left} (RLIMIT_NOFILE is {limit}, {used} are "
+        f"open); raise it with `ulimit -n {enough}`"
+    )
+
+
+def queue_trouble(name: str, error: Exception) -> str:
+    """What to say when message queue `name` could not be made.
+
+    posix_ipc gives texts and no numbers, and EMFILE means either of two limits.
+    """
+    text = str(error)
+    if ("files open" in text and _files_left() > 0) or _errno(error) == errno.ENOMEM:
+        limit = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
+        return (
+            f"message queue {name} cannot be made: it takes {QUEUE_BYTES} bytes, and the queues of "
+            f"this user may take {limit} (RLIMIT_MSGQUEUE); raise it with `ulimit -q 819200`, or "
+            "remove leftovers with `eplb clean`"
+        )
+    if "Insufficient space" in text or _errno(error) == errno.ENOSPC:
+        return (
+            f"message queue {name} cannot be made: the host has as many as it may "
+            f"(fs.mqueue.queues_max is {_queues_max()}); raise it with "
+            "`sysctl fs.mqueue.queues_max=1024`, or remove leftovers with `eplb clean`"
+        )
+    if "files open" in text or _errno(error) in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"message queue {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is "
+            f"{limit}); raise it with `ulimit -n {2 * limit}`"
+        )
+    return (
+        f"message queue {name} cannot be made: {error}; does the kernel have POSIX message queues, "
+        "and does the container's seccomp profile allow mq_open?"
+    )
+
+
+def _errno(error: Exception) -> int | None:
+    return getattr(error, "errno", None)
+
+
+def _files_left() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 1
+    try:
+        return limit - len(os.listdir("/proc/self/fd")) + 1
+    except OSError:  # not even one more for this look
+        return 0
+
+
+def _queues_max() -> str:
+    try:
+        with open("/proc/sys/fs/mqueue/queues_max") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

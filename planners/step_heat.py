@@ -1,0 +1,160 @@
+"""The group's heat of a step out of the records of its ranks."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ..ipc.flags import FLAG_DECODE, FLAG_DUMMY, FLAG_PREFILL
+from ..ipc.heat_ring import HeatRecords
+from ..ipc.shape import GroupShape
+
+PHASES = ("all", "prefill", "decode")
+"""Steps whose heat may count: all, those that run prompt tokens, or those that run none."""
+
+
+class StepHeat(NamedTuple):
+    """The group's heat in the `span` steps up to `step`: int64 [layers, P], under one epoch."""
+
+    step: int
+    epoch: int
+    heat: np.ndarray
+    span: int = 1
+
+
+class Part(NamedTuple):
+    """One rank's share of a `StepHeat`: its record, or several of them added up."""
+
+    step: int
+    flags: int
+    epoch: int
+    span: int
+    heat: np.ndarray
+
+    @property
+    def start(self) -> int:
+        """The step before its first one."""
+        return self.step - self.span
+
+    def followed_by(self, later: Part) -> Part:
+        """Both as one; it is a dummy only if both are."""
+        dummy = self.flags & later.flags & FLAG_DUMMY
+        return later._replace(
+            flags=(self.flags | later.flags) & ~FLAG_DUMMY | dummy,
+            span=self.span + later.span,
+            heat=self.heat + later.heat,
+        )
+
+
+class StepMatcher:
+    """Finds the records of all ranks that cover the same steps.
+
+    A rank that was behind its device records several steps as one; the other ranks' records of
+    the same steps are added up then.
+
+    Args:
+        ranks: whose records have to match.
+        most: records kept of a rank while another one is silent.
+
+    Attributes:
+        unmatched: steps left out because a rank lost them, or counted them under another epoch.
+    """
+
+    def __init__(self, ranks: int, most: int):
+        self._waiting: list[deque[Part]] = [deque(maxlen=most) for _ in range(ranks)]
+        self._done = -1
+        self.unmatched = 0
+
+    def add(self, rank: int, records: HeatRecords) -> None:
+        """Take the next records of `rank`."""
+        columns = (records.steps, records.flags, records.epochs, records.spans)
+        for fields in zip(*(column.tolist() for column in columns), records.heat, strict=True):
+            self._waiting[rank].append(Part(*fields))
+
+    def take(self) -> Iterator[list[Part]]:
+        """One part per rank, all of the same steps and epoch; oldest first."""
+        while (end := self._common_end()) is not None:
+            groups = [_taken_up_to(end, waiting) for waiting in self._waiting]
+            start = max(group[0].start for group in groups)
+            parts = [_joined(start, group) for group in groups]
+            whole = [part for part in parts if part is not None]
+            matched = len(whole) == len(parts) and len({part.epoch for part in whole}) == 1
+            if self._done >= 0:
+                self.unmatched += (start if matched else end) - self._done
+            self._done = end
+            if matched:
+                yield whole
+
+    def _common_end(self) -> int | None:
+        """The first step with which a record of every rank ends; None if it is yet to come."""
+        end = 0
+        while True:
+            ends = [found for w in self._waiting if (found := _first_end(end, w)) is not None]
+            if len(ends) < len(self._waiting):
+                return None
+            end = max(ends)
+            if min(ends) == end:
+                return end
+
+
+def group_heat(parts: list[Part], shape: GroupShape, phase: str) -> StepHeat | None:
+    """The heat of the steps that `parts` cover; None if none of it counts.
+
+    Args:
+        parts: of the ranks that count.
+        shape: of the group; its `layout` tells how the ranks' heat is put together.
+        phase: one of `PHASES`. Where each rank counts its own batch, the ranks in that phase
+            count; where it counts what arrived from all batches, all do if the step has the phase.
+    """
+    first = parts[0]
+    if shape.counts_own_slots:
+        flags = functools.reduce(operator.or_, (part.flags for part in parts))
+        if all(part.flags & FLAG_DUMMY for part in parts) or not _is_in(phase, flags):
+            return None
+        heat = np.concatenate([part.heat for part in parts], axis=1, dtype=np.int64)
+    else:
+        chosen = [
+            part.heat for part in parts if not part.flags & FLAG_DUMMY and _is_in(phase, part.flags)
+        ]
+        if not chosen:
+            return None
+        heat = np.sum(chosen, axis=0, dtype=np.int64)
+    return StepHeat(first.step, first.epoch, heat, first.span)
+
+
+def _is_in(phase: str, flags: int) -> bool:
+    if phase == "prefill":
+        return bool(flags & FLAG_PREFILL)
+    if phase == "decode":
+        return bool(flags & FLAG_DECODE) and not flags & FLAG_PREFILL
+    return True
+
+
+def _first_end(least: int, waiting: deque[Part]) -> int | None:
+    return next((part.step for part in waiting if part.step >= least), None)
+
+
+def _taken_up_to(end: int, waiting: deque[Part]) -> list[Part]:
+    taken = []
+    while waiting and waiting[0].step <= end:
+        taken.append(waiting.popleft())
+    return taken
+
+
+def _joined(start: int, group: list[Part]) -> Part | None:
+    """The parts after `start` as one; None if a step is missing or their epochs differ."""
+    joined: Part | None = None
+    for part in group:
+        if part.step <= start:
+            continue
+        if part.start != (start if joined is None else joined.step):
+            return None
+        if joined is not None and part.epoch != joined.epoch:
+            return None
+        joined = part if joined is None else joined.followed_by(part)
+    return joined
