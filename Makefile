@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast soak check format bench-planner bench-ipc clean
+.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -21,6 +21,10 @@ test-fast: $(READY)
 # the long form of the tests of shared memory: about an hour
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --soak -o timeout=0 $(ARGS)
+
+# the stress of the heat ring as aarch64 code, emulated (Debian only; 500 MB in build/aarch64)
+soak-aarch64: $(READY)
+	scripts/aarch64.sh $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -15,6 +15,8 @@ from .atomics import (
     WORD,
     _load_acquire,
     _store_release,
+    copy_in,
+    copy_out,
     fence_acquire,
     fence_release,
     load_acquire,
@@ -85,8 +87,12 @@ class StatusBlock:
         return {field.name.lower(): self[field] for field in Field}
 
 
+_CELLS = ALIGNMENT // 8
+"""First word of the cells, int16 each."""
+
+
 @njit(cache=True, nogil=True)
-def _write_board(words, cells, epoch, placement):
+def _write_board(words, epoch, placement):
     sequence = words[0]
     # crash point: board.begin
     _store_release(words, 0, sequence + 1)
@@ -94,17 +100,17 @@ def _write_board(words, cells, epoch, placement):
     fence_release()
     words[1] = epoch
     # crash point: board.epoch
-    cells[:] = placement
+    copy_in(words, _CELLS, placement)
     # crash point: board.cells
     _store_release(words, 0, sequence + 2)
     # crash point: board.even
 
 
 @njit(cache=True, nogil=True)
-def _read_board(words, cells, out):
+def _read_board(words, out):
     before = _load_acquire(words, 0)
     epoch = words[1]
-    out[:] = cells
+    copy_out(words, _CELLS, out)
     fence_acquire()
     return before, _load_acquire(words, 0), epoch
 
@@ -117,9 +123,7 @@ class Board:
 
     def __init__(self, body: np.ndarray, shape: tuple[int, int, int]):
         self._shape = shape
-        cells = int(np.prod(shape))
-        self._words = body[:ALIGNMENT].view(WORD)
-        self._cells = body[ALIGNMENT : ALIGNMENT + 2 * cells].view("<i2")
+        self._words = body[: self.size(int(np.prod(shape)))].view(WORD)
 
     @staticmethod
     def size(cells: int) -> int:
@@ -127,19 +131,25 @@ class Board:
         return ALIGNMENT + aligned(2 * cells)
 
     def write(self, epoch: int, placement: np.ndarray) -> None:
-        """Writer: show `placement` (int [layers, ranks, slots]) as of `epoch`."""
-        _write_board(self._words, self._cells, epoch, placement.astype(np.int16).ravel())
+        """Writer: show `placement` (int [layers, ranks, slots]) as of `epoch`.
+
+        Raises:
+            ValueError: it has another shape; nothing is written.
+        """
+        if placement.shape != self._shape:
+            raise ValueError(f"placement has shape {placement.shape}; the board is {self._shape}")
+        _write_board(self._words, epoch, placement.astype(np.int16, order="C"))
 
     def read(self) -> tuple[int, np.ndarray] | None:
         """(epoch, int32 [layers, ranks, slots]); None if it is being written or never was.
 
         Both as they stand there: whoever relies on them checks them.
         """
-        out = np.empty(self._cells.size, np.int16)
-        before, after, epoch = _read_board(self._words, self._cells, out)
+        out = np.empty(self._shape, np.int16)
+        before, after, epoch = _read_board(self._words, out)
         if before != after or before == 0 or before % 2:
             return None
-        return int(epoch), out.astype(np.int32).reshape(self._shape)
+        return int(epoch), out.astype(np.int32)
 
 
 class StepTimings:

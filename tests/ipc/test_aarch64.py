@@ -22,9 +22,8 @@ from flash_eplb.ipc import atomics, heat_ring, status
 INTRINSICS = {"_load_acquire", "_store_release", "fence_acquire", "fence_release"}
 OPERATIONS = INTRINSICS | {"load_acquire", "store_release", "copy_in", "copy_out"}
 
-WORDS, CELLS = int64[::1], int16[::1]
+WORDS, CELLS = int64[::1], int16[:, :, ::1]
 SEEN_WORDS = types.Array(int64, 1, "C", readonly=True)
-SEEN_CELLS = types.Array(int16, 1, "C", readonly=True)
 
 # state: {event: next state}; an event that is not named there must not happen in that state.
 LOAD = {"start": {"acquire": "read"}, "read": {"return": "end"}}
@@ -58,8 +57,8 @@ KERNELS = {
         RING_READER,
         (SEEN_WORDS, int64, int64, int64, int64[:, ::1], int32[:, :, ::1]),
     ),
-    status._write_board: (BOARD_WRITER, (WORDS, CELLS, int64, CELLS)),
-    status._read_board: (BOARD_READER, (SEEN_WORDS, SEEN_CELLS, CELLS)),
+    status._write_board: (BOARD_WRITER, (WORDS, int64, CELLS)),
+    status._read_board: (BOARD_READER, (SEEN_WORDS, CELLS)),
 }
 WRITERS = (STORE, BOARD_WRITER, RING_WRITER)
 

@@ -82,6 +82,14 @@ def test_a_board_is_not_read_while_it_is_written():
     assert board.read()[0] == 5
 
 
+def test_a_placement_of_another_shape_is_refused_and_the_board_stays():
+    board = Board(body(Board.size(4))[1], (1, 2, 2))
+    board.write(5, np.arange(4).reshape(1, 2, 2))
+    with pytest.raises(ValueError, match=r"has shape \(1, 2, 3\); the board is \(1, 2, 2\)"):
+        board.write(6, np.zeros((1, 2, 3), np.int32))
+    assert board.read()[0] == 5
+
+
 def test_the_board_that_was_read_is_a_copy():
     board = Board(body(Board.size(4))[1], (1, 2, 2))
     board.write(1, np.zeros((1, 2, 2), np.int32))

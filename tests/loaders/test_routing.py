@@ -45,3 +45,26 @@ def test_a_placement_that_is_no_copy_of_its_own_memory():
     table, counts = logical_to_physical(wide[:, ::2], 3)
     assert table.tolist() == [[0, 3], [1, -1], [2, -1]]
     assert counts.tolist() == [2, 1, 1]
+
+
+@given(placements(), st.randoms(use_true_random=False))
+def test_a_slot_stands_in_as_many_columns_as_it_should(case, random):
+    placement, experts = case
+    columns = np.array([random.randint(1, 9) for _ in placement.ravel()]).reshape(placement.shape)
+    table, counts = logical_to_physical(placement, experts, columns)
+    for expert in range(experts):
+        row = table[expert, : counts[expert]]
+        assert (table[expert, counts[expert] :] == -1).all()
+        slots, found = np.unique(row, return_counts=True)
+        assert slots.tolist() == np.flatnonzero(placement.ravel() == expert).tolist()
+        assert found.tolist() == columns.ravel()[slots].tolist()
+
+
+def test_the_columns_of_a_slot_are_spread():
+    table, counts = logical_to_physical(np.array([[0], [0], [0]]), 1, np.array([[4], [2], [2]]))
+    assert counts.tolist() == [8]
+    assert table.tolist() == [[0, 1, 2, 0, 0, 1, 2, 0]]
+    for width in range(2, 9):  # a few columns in a row hold no slot more than its share, but one
+        for start in range(9 - width):
+            found = np.bincount(table[0, start : start + width], minlength=3)
+            assert (found <= np.ceil(width * np.array([4, 2, 2]) / 8) + 1).all()
