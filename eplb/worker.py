@@ -33,6 +33,7 @@ from ..ipc.status import Field
 from ..loaders.engine import Engine
 from ..loaders.loader import Loader
 from ..loaders.stager import Stager
+from ..loaders.stager_pool import StagerPool
 from ..loaders.staging import Staging, digests, row_bytes
 from ..loaders.transport import Transport
 from ..loaders.vote import Vote
@@ -258,14 +259,20 @@ class Worker:
         assert self._segment is not None
         config, group, engine = self._config, self._group, self._engine
         staging = Staging(engine.weights, config.staging_rows)
-        transport = Transport(group.store, group.rank, group.ranks, config.transfer_timeout)
-        stager = Stager(engine.weights, staging, transport, group.rank, reference)
+        rank, ranks = group.rank, group.ranks
+
+        def make_stager() -> Stager:
+            # A store of its own: one that hangs in a wait lets nobody else through.
+            store = group.store.clone()  # type: ignore[attr-defined]
+            transport = Transport(store, rank, ranks, config.transfer_timeout)
+            return Stager(engine.weights, staging, transport, rank, reference)
+
         self._collector = HeatCollector(self._segment.heat, engine.loads)
         self._loader = Loader(
             engine,
             self._segment,
             Vote(group.cpu_group, group.rank),
-            stager,
+            StagerPool(make_stager, rank, config.staging_rows),
             staging,
             config.vote_steps,
             config.plan_timeout_steps,

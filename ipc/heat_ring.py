@@ -26,8 +26,12 @@ from .atomics import (
     copy_out,
     fence_acquire,
     fence_release,
+    load_acquire,
 )
 from .segment import ALIGNMENT, aligned
+
+_AT_ONCE = 2**21
+"""Bytes that are read at once; the allocator takes larger blocks afresh from the kernel."""
 
 _SLOT_WORDS = 8
 _FIRST = ALIGNMENT // 8
@@ -170,9 +174,15 @@ class HeatRing:
         self._cursor = max(0, int(self._words[0]) - self.slots)
 
     def read(self, most: int = 64) -> HeatRecords:
-        """Reader: up to `most` records since the last call; `lost` counts the overwritten ones."""
-        meta = np.empty((most, _FIELDS), np.int64)
-        heat = np.empty((most, self.layers, self.columns), np.int32)
+        """Reader: some of the records since the last call, none only if there are none.
+
+        `most` at most, and of large ones as many as memory is at hand for without page faults.
+        `lost` counts those that were overwritten before they could be read.
+        """
+        there = max(0, load_acquire(self._words, 0) - self._cursor)
+        room = min(most, there, self.slots, max(1, _AT_ONCE // max(1, self._counts_bytes)))
+        meta = np.empty((room, _FIELDS), np.int64)
+        heat = np.empty((room, self.layers, self.columns), np.int32)
         found, lost, self._cursor = _read(
             self._words, self._slot_words, self.slots, self._cursor, meta, heat
         )

@@ -60,6 +60,7 @@ class Field(IntEnum):
     MISMATCHES = 12
     HEAT_MERGED = 13
     HEAT_DROPPED = 14
+    QUARANTINED_ROWS = 15
 
 
 class StatusBlock:

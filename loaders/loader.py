@@ -7,8 +7,9 @@ share follows from a vote (`vote.py`) alone:
                                                   '----(any rank failed)-----> abort ---> idle
 
 What is decided here alone is only what goes into the ballot: which round waits at the head of the
-queue, and whether the stager is done. A rank whose stager is still busy with an aborted round names
-no round, so its rows are not filled again while a late receive may land in them.
+queue, and whether the stager is done. A stager that is still busy with an aborted round keeps its
+rows, in which a late receive may land; another stager with connections of its own takes its place,
+and a round for which the rows that are left do not suffice waits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ..ipc.rank_segment import RankSegment
 from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
 from ..ipc.status import Field, State
 from .engine import Engine
-from .stager import Errand, Stager, my_rows
+from .stager import my_rows
+from .stager_pool import StagerPool
 from .staging import Staging
 from .vote import Ballot, Outcome, Vote
 
@@ -46,7 +48,7 @@ class Loader:
         engine: whose weights and maps change.
         segment: this rank's segment.
         vote: over all ranks of the group.
-        stager: fetches rows into `staging`.
+        stagers: fetch rows into `staging`.
         vote_steps: steps between two votes, equal on all ranks.
         timeout_steps: steps after which a round that is not staged fails.
     """
@@ -56,7 +58,7 @@ class Loader:
         engine: Engine,
         segment: RankSegment,
         vote: Vote,
-        stager: Stager,
+        stagers: StagerPool,
         staging: Staging,
         vote_steps: int,
         timeout_steps: int,
@@ -68,7 +70,7 @@ class Loader:
         self._status = segment.status
         self._board = segment.board
         self._vote = vote
-        self._stager = stager
+        self._stagers = stagers
         self._staging = staging
         self._vote_steps = vote_steps
         self._timeout_steps = timeout_steps
@@ -87,7 +89,7 @@ class Loader:
         self.stopped = ""
         self._broken = False
         self._board.write(0, self.placement)
-        self._stager.connect(self._transport_epoch)
+        self._stagers.connect(self._transport_epoch)
 
     def tick(self) -> bool:
         """Once per step, after the forward pass; returns whether a round was committed.
@@ -155,7 +157,8 @@ class Loader:
 
     def _candidate(self) -> Pending | None:
         """The round that this rank would start now; rounds from another epoch are dropped."""
-        if self._active is not None or self._stager.busy:
+        self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
+        if self._active is not None or self._stagers.busy:
             return None
         while self._pending:
             head = self._pending[0]
@@ -164,7 +167,7 @@ class Loader:
                 continue
             try:
                 self._after = check_round(head.round, self._shape, self.placement)
-                return head
+                return head if self._stagers.has_room(head.round.move_array()) else None
             except RoundError as error:
                 self._pending.popleft()
                 self._refuse(str(error), head.round)
@@ -195,7 +198,7 @@ class Loader:
     def _ballot(self) -> Ballot:
         staged = failed = False
         if self._active is not None:
-            result = self._stager.result
+            result = self._stagers.result
             if result is not None and result.identity == self._active.identity:
                 staged, failed = not result.error, bool(result.error)
             elif self._step - self._active_since >= self._timeout_steps:
@@ -231,13 +234,13 @@ class Loader:
             self._pending.popleft()
         self._status[Field.STATE] = State.STAGING
         moves = self._active.round.move_array()
-        self._stager.begin(Errand(self._active.identity, moves, self._transport_epoch))
+        self._stagers.begin(self._active.identity, moves, self._transport_epoch)
 
     def _commit(self) -> None:
         """Rows, then maps, then board: on all ranks between the same two steps."""
         assert self._active is not None
         moves = self._active.round.move_array()
-        for row, number in enumerate(my_rows(moves, self._rank)):
+        for row, number in zip(self._stagers.rows, my_rows(moves, self._rank), strict=True):
             move = moves[number]
             self._staging.commit(row, int(move["layer"]), int(move["slot"]))
         layers = np.unique(moves["layer"])
@@ -245,7 +248,7 @@ class Loader:
         self.placement = self._after
         self.epoch += 1
         self._board.write(self.epoch, self.placement)
-        result = self._stager.result
+        result = self._stagers.result
         assert result is not None
         self._status.add(Field.MOVED_ROWS, len(my_rows(moves, self._rank)))
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
@@ -258,12 +261,15 @@ class Loader:
     def _abort(self, failed_rank: int) -> None:
         """Forget the round on all ranks; the next one uses fresh connections."""
         assert self._active is not None
-        waiting = f"; still staging here after {self._step - self._active_since} steps"
+        waited = self._step - self._active_since
+        self._stagers.give_up()
+        rows = self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         log.warning(
-            "round %d aborted: EP rank %d failed%s",
+            "round %d aborted after %d steps: EP rank %d failed%s",
             self._active.round.sequence,
+            waited,
             failed_rank,
-            waiting if self._stager.busy else "",
+            f"; its transfer still runs here, {rows} staging rows are left to it" if rows else "",
         )
         self._transport_epoch += 1
         self._drop_active()
@@ -287,8 +293,8 @@ class Loader:
         )
 
     def close(self) -> None:
-        """Let the stager's thread end."""
-        self._stager.close()
+        """Let the stagers' threads end."""
+        self._stagers.close()
 
 
 def _plan(round_: Round) -> tuple[int, int]:

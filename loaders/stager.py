@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..ipc.placement import MOVE
 from .staging import Staging, row_digest, slot_views
 from .transport import Transport
 
@@ -25,11 +24,19 @@ log = logging.getLogger("flash_eplb.loader")
 
 @dataclass(frozen=True)
 class Errand:
-    """A round, as the stager of one rank sees it: its moves and the transport epoch to use."""
+    """A round, as the stager of one rank sees it.
+
+    Attributes:
+        identity: of the round; 0 only opens the connections.
+        moves: `MOVE` records of all ranks.
+        transport_epoch: whose connections to use.
+        rows: staging rows to fill, one for each move that arrives here, in their order.
+    """
 
     identity: int
     moves: np.ndarray
     transport_epoch: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,6 @@ class Stager:
         self._thread = threading.Thread(target=self._run, name="eplb-stager", daemon=True)
         self._thread.start()
 
-    def connect(self, transport_epoch: int) -> None:
-        """Main thread: open connections before the first plan needs them."""
-        self.begin(Errand(0, np.zeros(0, MOVE), transport_epoch))
-
     def begin(self, errand: Errand) -> None:
         """Main thread: hand over a round. The stager must not be busy."""
         assert not self.busy
@@ -115,7 +118,7 @@ class Stager:
         ]
         arriving = [
             (self._staging.views(row, int(errand.moves[number]["layer"])), number)
-            for row, number in enumerate(my_rows(errand.moves, self._rank))
+            for row, number in zip(errand.rows, my_rows(errand.moves, self._rank), strict=True)
         ]
         for _, move in leaving:
             self._verify(self._source(move), move, "at its source")
@@ -153,7 +156,7 @@ class Stager:
 
 
 def my_rows(moves: np.ndarray, rank: int) -> list[int]:
-    """Indices of the moves that arrive on `rank`; the n-th of them fills staging row n."""
+    """Indices of the moves that arrive on `rank`."""
     return np.flatnonzero(moves["rank"] == rank).tolist()
 
 

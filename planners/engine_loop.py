@@ -63,7 +63,7 @@ class EngineLoop:
     ):
         shape = group.shape
         self._group = group
-        self._guard = Guard(policy, shape.staging_rows)
+        self._guard = Guard(policy)
         self._pace = pace
         self._generation = generation
         self._executor = executor
@@ -84,6 +84,7 @@ class EngineLoop:
         self._quiet_until = 0.0
         self._stopped = False
         self._unphased = False
+        self._full = False
         self._placement = np.zeros(0)
         log.info(
             "serving an engine: %d layers, %d experts on %d ranks x %d slots",
@@ -154,14 +155,25 @@ class EngineLoop:
                 stopped,
             )
         self._stopped = bool(stopped)
-        return not stopped
+        return not stopped and self._has_rows()
+
+    def _has_rows(self) -> bool:
+        """Whether a round can be staged at all; says once if not."""
+        free = self._group.free_rows() > 0
+        if not free and not self._full:
+            log.warning(
+                "a rank's staging rows are all left to transfers that hang; nothing is planned "
+                "until one ends (EPLB_TRANSFER_TIMEOUT); raise EPLB_STAGING_ROWS to go on meanwhile"
+            )
+        self._full = not free
+        return free
 
     def _begin_plan(self) -> None:
         self._read_boards()
         self._planned_from = self._epoch
         self._next_plan = self._window.count + self._pace.plan_interval
         self._planning = self._executor.submit(
-            self._guard.propose, self._window.heat(), self._placement
+            self._guard.propose, self._window.heat(), self._placement, self._group.free_rows()
         )
         self._planning.add_done_callback(lambda _: self._wake())
 

@@ -12,6 +12,7 @@ from ..ipc.liveness import SegmentError
 from ..ipc.names import rank_name
 from ..ipc.placement import PlacementError, check_placement
 from ..ipc.rank_segment import RankSegment
+from ..ipc.status import Field
 from .step_heat import StepHeat, StepMatcher, group_heat
 
 log = logging.getLogger("flash_eplb.planner")
@@ -87,6 +88,11 @@ class Group:
             )
         self._trouble = trouble
         return not trouble
+
+    def free_rows(self) -> int:
+        """Staging rows that every rank has for the next rounds."""
+        taken = max(rank.status[Field.QUARANTINED_ROWS] for rank in self.ranks)
+        return max(0, min(self.shape.staging_rows, self.shape.staging_rows - taken))
 
     @property
     def lost(self) -> int:

@@ -28,15 +28,13 @@ class Guard:
 
     Args:
         policy: ours or a user's.
-        rows: staging rows per rank that a round may fill.
     """
 
-    def __init__(self, policy: Policy, rows: int):
+    def __init__(self, policy: Policy):
         self._policy = policy
-        self._rows = rows
         self._said: set[tuple] = set()
 
-    def propose(self, heat: np.ndarray, placement: np.ndarray) -> Proposal | None:
+    def propose(self, heat: np.ndarray, placement: np.ndarray, rows: int) -> Proposal | None:
         """What the policy plans; None if it failed or its plan is not valid, which is logged.
 
         A reason, that is the lines of code that led to it, is logged as an error once and from
@@ -45,6 +43,7 @@ class Guard:
         Args:
             heat: tokens[episodes, layers, experts].
             placement: int32[layers, ranks, slots], today's; the policy gets copies of both.
+            rows: staging rows per rank that a round may fill.
         """
         try:
             found = self._policy.plan(heat.copy(), placement.copy())
@@ -54,7 +53,7 @@ class Guard:
             return None
         try:
             plan = checked_plan(found, heat, placement)
-            return Proposal(plan, plan.rounds(self._rows))
+            return Proposal(plan, plan.rounds(rows))
         except (Exception, SystemExit) as error:
             text = "what the policy returned is refused, experts stay where they are: %s"
             log.log(self._level(error), text, error)

@@ -16,6 +16,7 @@ from flash_eplb.ipc.round import Round, encode_round
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.loaders.loader import Loader
 from flash_eplb.loaders.stager import Stager
+from flash_eplb.loaders.stager_pool import StagerPool
 from flash_eplb.loaders.staging import Staging, digests, row_bytes
 from flash_eplb.loaders.transport import Transport
 from flash_eplb.loaders.vote import Vote
@@ -68,13 +69,17 @@ class Rank:
             dist.PrefixStore("votes", store), rank, ranks, timedelta(seconds=20)
         )
         staging = Staging(self.engine.weights, cluster.shape.staging_rows)
-        self.transport = Transport(store, rank, ranks, timeout=cluster.transfer_timeout)
-        self.stager = Stager(self.engine.weights, staging, self.transport, rank, cluster.reference)
+
+        def make_stager() -> Stager:
+            transport = Transport(store.clone(), rank, ranks, timeout=cluster.transfer_timeout)
+            return Stager(self.engine.weights, staging, transport, rank, cluster.reference)
+
+        self.stagers = StagerPool(make_stager, rank, cluster.shape.staging_rows)
         self.loader = Loader(
             self.engine,
             self.segment,
             Vote(self.group, rank),
-            self.stager,
+            self.stagers,
             staging,
             cluster.vote_steps,
             cluster.timeout_steps,

@@ -14,6 +14,7 @@ from flash_eplb.ipc.placement import MOVE
 from flash_eplb.ipc.plan_queue import SLOTS
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.loaders import stager as stager_module
+from flash_eplb.loaders.stager_pool import MOST_HUNG
 from flash_eplb.planners.plan import make_plan
 
 
@@ -218,9 +219,9 @@ def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, m
     def wait_and_flip(self):
         transferred = bool(self._pending)
         wait(self)
-        if self is group.ranks[1].transport and transferred and not flips:
+        if self._rank == 1 and transferred and not flips:
             flips.append(1)
-            group.ranks[1].stager._staging._rows[0, 3] ^= 4
+            group.ranks[1].loader._staging._rows[0, 3] ^= 4
 
     monkeypatch.setattr(stager_module.Transport, "wait", wait_and_flip)
     with caplog.at_level("WARNING", "flash_eplb.loader"):
@@ -233,25 +234,74 @@ def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, m
     group.check_consistent()
 
 
-def test_a_stager_that_hangs_is_aborted_and_its_rows_are_not_reused(cluster, monkeypatch):
-    group = cluster(timeout_steps=60)
+def hanging(monkeypatch, rank, errands=1):
+    """Let the first errands of `rank` wait for the event that is returned."""
     release = threading.Event()
-    stage = stager_module.Stager._stage
+    stage, left = stager_module.Stager._stage, [errands]
 
     def hang(self, errand):
-        if self is group.ranks[2].stager and errand.identity and not release.is_set():
+        if self._rank == rank and errand.identity and left[0]:
+            left[0] -= 1
             release.wait(20)
         return stage(self, errand)
 
     monkeypatch.setattr(stager_module.Stager, "_stage", hang)
-    group.tick_until(lambda: not any(rank.stager.busy for rank in group.ranks))
+    return release
+
+
+def test_a_stager_that_hangs_is_aborted_and_later_plans_commit_without_its_rows(
+    cluster, monkeypatch, caplog
+):
+    group = cluster(timeout_steps=60)
+    release = hanging(monkeypatch, rank=1)
     group.send(group.record(SWAP))
     group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
     assert [rank.segment.status[Field.ABORTED] for rank in group.ranks] == [1, 1, 1]
+    status = group.ranks[1].segment.status
+    assert status[Field.QUARANTINED_ROWS] == 1
+    assert "EP rank 1 failed; its transfer still runs here, 1 staging rows are left" in caplog.text
+    hung = group.ranks[1].stagers._hung[0]
     group.send(group.record(SWAP, plan=2, sequence=2))
-    group.tick(50)  # rank 2 is still busy, so nobody starts
-    assert group.ranks[0].segment.status[Field.STATE] == State.IDLE
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    assert hung.stager.busy
+    assert not set(hung.rows) & set(group.ranks[1].stagers.rows)
+    group.check_consistent()
     release.set()
+    group.tick_until(lambda: status[Field.QUARANTINED_ROWS] == 0)
+    group.check_consistent()
+    group.send(group.record(swap(1, (3, 0, 0), (0, 1, 0)), plan=3, sequence=3))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
+    group.check_consistent()
+
+
+def test_a_round_waits_for_the_rows_that_hang(cluster, monkeypatch):
+    group = cluster(timeout_steps=60, rows=1)
+    release = hanging(monkeypatch, rank=1)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick(50)
+    assert group.ranks[1].segment.status[Field.QUARANTINED_ROWS] == 1
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+    release.set()
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.check_consistent()
+
+
+def test_stagers_that_hang_one_after_the_other_are_replaced_up_to_a_number(cluster, monkeypatch):
+    group = cluster(timeout_steps=30, rows=MOST_HUNG + 2)
+    release = hanging(monkeypatch, rank=1, errands=99)  # it only sends, so it fills no row
+    for number in range(1, MOST_HUNG + 3):
+        moves = np.array([(1, 3, 1, 0, 0, 1)], MOVE)  # expert 3 from rank 1 to rank 0
+        group.send(group.record(moves, plan=number, sequence=number))
+        group.tick(50)
+    assert len(group.ranks[1].stagers._hung) == MOST_HUNG
+    assert group.ranks[1].stagers.busy
+    assert group.ranks[0].loader.epoch == 0
+    release.set()
+    group.tick_until(lambda: not any(rank.stagers.busy for rank in group.ranks))
+    monkeypatch.undo()
+    group.send(group.record(SWAP, plan=99, sequence=99))
     group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
     group.check_consistent()
 

@@ -37,6 +37,7 @@ class FakeEngine:
         self.epoch = 0
         self.steps = 0
         self.refuse = False
+        self.most_rows = 0
         for rank in self.ranks:
             rank.board.write(0, self.placement)
             rank.publish()
@@ -73,6 +74,7 @@ class FakeEngine:
                 rank.status[Field.DROPPED_ROUND] = round_.sequence
             return
         assert round_.epoch == self.epoch
+        self.most_rows = max(self.most_rows, np.bincount(round_.move_array()["rank"]).max())
         self.commit(check_round(round_, self.shape, self.placement))
         for rank in self.ranks:
             rank.status[Field.COMMITTED_ROUND] = round_.sequence

@@ -127,9 +127,9 @@ BAD = {
 
 @pytest.mark.parametrize(("text", "found"), BAD.items(), ids=range(len(BAD)))
 def test_what_is_no_placement_is_refused_and_said_once(text, found, log):
-    guard = Guard(Returning(lambda *_: found), 4)
+    guard = Guard(Returning(lambda *_: found))
     for _ in range(3):
-        assert guard.propose(HEAT, BEFORE) is None
+        assert guard.propose(HEAT, BEFORE, 4) is None
     said = [record.getMessage() for record in log.records if record.levelno >= logging.INFO]
     assert len(said) == 1
     assert said[0].startswith(
@@ -141,7 +141,7 @@ def test_what_is_no_placement_is_refused_and_said_once(text, found, log):
 def test_a_plan_that_loses_an_expert_is_refused():
     good = make_plan(BEFORE, WANTED)
     bad = dataclasses.replace(good, placement=np.zeros_like(BEFORE))
-    assert Guard(Returning(lambda *_: bad), 4).propose(HEAT, BEFORE) is None
+    assert Guard(Returning(lambda *_: bad)).propose(HEAT, BEFORE, 4) is None
 
 
 def test_each_reason_is_said_once_whatever_its_details(log):
@@ -155,8 +155,8 @@ def test_each_reason_is_said_once_whatever_its_details(log):
             BEFORE[:1],
         ]
     )
-    guard = Guard(Returning(lambda *_: next(answers)), 4)
-    proposals = [guard.propose(HEAT, BEFORE) for _ in range(6)]
+    guard = Guard(Returning(lambda *_: next(answers)))
+    proposals = [guard.propose(HEAT, BEFORE, 4) for _ in range(6)]
     assert [proposal is not None for proposal in proposals] == [False] * 4 + [True, False]
     errors = [record.getMessage() for record in log.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
@@ -174,8 +174,8 @@ def test_a_policy_that_fails_is_said_once_for_each_place(log):
         raise ZeroDivisionError(f"two {count}")
 
     counter = iter(range(9))
-    guard = Guard(Returning(fail), 4)
-    assert [guard.propose(HEAT, BEFORE) for _ in range(9)] == [None] * 9
+    guard = Guard(Returning(fail))
+    assert [guard.propose(HEAT, BEFORE, 4) for _ in range(9)] == [None] * 9
     errors = [record for record in log.records if record.levelno == logging.ERROR]
     assert {record.getMessage() for record in errors} == {
         "the policy failed; experts stay where they are until the next plan"
@@ -185,8 +185,8 @@ def test_a_policy_that_fails_is_said_once_for_each_place(log):
 
 
 def test_a_policy_without_plan_or_with_another_signature_only_fails(log):
-    assert Guard(object(), 4).propose(HEAT, BEFORE) is None
-    assert Guard(Returning(lambda heat: BEFORE), 4).propose(HEAT, BEFORE) is None
+    assert Guard(object()).propose(HEAT, BEFORE, 4) is None
+    assert Guard(Returning(lambda heat: BEFORE)).propose(HEAT, BEFORE, 4) is None
     assert len(log.records) == 2
 
 
@@ -197,7 +197,7 @@ def test_a_policy_cannot_change_what_the_planner_knows():
         return placement
 
     heat, before = HEAT.copy(), BEFORE.copy()
-    plan, rounds = Guard(Returning(spoil), 4).propose(heat, before)
+    plan, rounds = Guard(Returning(spoil)).propose(heat, before, 4)
     assert (before == BEFORE).all()
     assert (heat == HEAT).all()
     assert_leads(plan, BEFORE, BEFORE[:, ::-1])
@@ -207,7 +207,7 @@ def test_a_policy_cannot_change_what_the_planner_knows():
 
 def test_the_rounds_fit_the_rows():
     for rows in (1, 2, 4):
-        plan, rounds = Guard(Returning(lambda _, p: p[:, ::-1]), rows).propose(HEAT, BEFORE)
+        plan, rounds = Guard(Returning(lambda _, p: p[:, ::-1])).propose(HEAT, BEFORE, rows)
         for part in rounds:
             assert np.bincount(part.moves["rank"]).max() <= rows
         assert sum(len(part.moves) for part in rounds) == len(plan.moves) == 12

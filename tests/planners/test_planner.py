@@ -314,6 +314,23 @@ def test_an_engine_that_dies_as_it_is_found_is_left_again(session, monkeypatch):
     assert segment_names(session) == []
 
 
+def test_rounds_do_without_the_rows_that_hang_on_a_rank(session, engine, caplog):
+    status = engine.ranks[1].status
+    status[Field.QUARANTINED_ROWS] = engine.shape.staging_rows
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.steps >= 200)
+            assert engine.epoch == 0
+            status[Field.QUARANTINED_ROWS] = engine.shape.staging_rows - 1
+            await until(engine, lambda: engine.epoch >= 2)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert engine.most_rows == 1
+    assert caplog.text.count("staging rows are all left to transfers that hang") == 1
+
+
 def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypatch):
     monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
 

@@ -314,7 +314,7 @@ for dtype in (np.int32, np.int64, np.float32):
     heat.flags.writeable = placement.flags.writeable = False
     for policy in made:
         plan = policy(4, 5, 2).plan(heat, placement)
-        guard.Guard(policy(4, 5, 2), 2).propose(heat, placement)
+        guard.Guard(policy(4, 5, 2)).propose(heat, placement, 2)
         assert len(plan.moves) == sum(len(part.moves) for part in plan.rounds(2))
 after = {kernel: len(kernel.signatures) for kernel in kernels}
 assert before == after, {k: k.signatures for k in kernels if before[k] != after[k]}

@@ -1,0 +1,98 @@
+"""One stager at work, and those that hang: whose rows nobody may touch until they come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ..ipc.placement import MOVE
+from .stager import Errand, Result, Stager, my_rows
+
+log = logging.getLogger("flash_eplb.loader")
+
+MOST_HUNG = 8
+"""Stagers that may hang before no other is started: each is a thread with connections."""
+
+
+class _Hung(NamedTuple):
+    stager: Stager
+    rows: list[int]
+
+
+class StagerPool:
+    """Hands a round to a stager, and replaces a stager that does not come back.
+
+    A receive that was aborted may still land, so its rows stay in quarantine until its stager ends;
+    the rounds that follow get the other rows and connections of their own.
+
+    Args:
+        make: makes a stager with a thread and a transport of its own.
+        rank: EP rank.
+        rows: staging rows.
+    """
+
+    def __init__(self, make: Callable[[], Stager], rank: int, rows: int):
+        self._make = make
+        self._rank = rank
+        self._free = list(range(rows))
+        self._taken: list[int] = []
+        self._hung: list[_Hung] = []
+        self._stager = make()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the stager at work has something to do."""
+        return self._stager.busy
+
+    @property
+    def result(self) -> Result | None:
+        """Of the latest errand of the stager at work."""
+        return self._stager.result
+
+    @property
+    def rows(self) -> list[int]:
+        """Staging rows of the latest errand, one for each move that arrives here."""
+        return self._taken
+
+    @property
+    def quarantined(self) -> int:
+        """Staging rows that hung stagers may still write to."""
+        self._take_back()
+        return sum(len(hung.rows) for hung in self._hung)
+
+    def has_room(self, moves: np.ndarray) -> bool:
+        """Whether there are rows for what arrives here."""
+        self._take_back()
+        return len(my_rows(moves, self._rank)) <= len(self._free)
+
+    def connect(self, transport_epoch: int) -> None:
+        """Open connections before the first plan needs them."""
+        self.begin(0, np.zeros(0, MOVE), transport_epoch)
+
+    def begin(self, identity: int, moves: np.ndarray, transport_epoch: int) -> None:
+        """Hand over a round for which there is room. The stager at work must not be busy."""
+        self._taken = self._free[: len(my_rows(moves, self._rank))]
+        self._stager.begin(Errand(identity, moves, transport_epoch, tuple(self._taken)))
+
+    def give_up(self) -> None:
+        """The errand is of no more use: if its stager is still at it, another takes its place."""
+        if not self._stager.busy or len(self._hung) >= MOST_HUNG:
+            return
+        self._hung.append(_Hung(self._stager, self._taken))
+        self._free = [row for row in self._free if row not in self._taken]
+        self._taken = []
+        self._stager = self._make()
+
+    def _take_back(self) -> None:
+        for hung in [hung for hung in self._hung if not hung.stager.busy]:
+            self._hung.remove(hung)
+            self._free = sorted([*self._free, *hung.rows])
+            hung.stager.close()
+
+    def close(self) -> None:
+        """Let all threads end after what they are doing."""
+        for stager in (self._stager, *(hung.stager for hung in self._hung)):
+            stager.close()
