@@ -25,6 +25,7 @@ SETTINGS_OF = {
     "max_moves": "max_moves",
     "max_layers": "max_layers",
     "effort": "effort",
+    "routing": "routing",
     "threads": "planner_threads",
 }
 """Settings that are options of policies, by the name of the option."""

@@ -58,6 +58,11 @@ class Config(BaseSettings):
         pattern="^(fast|balanced|thorough)$",
         description="how long FlashLB searches: fast, balanced or thorough",
     )
+    routing: str = Field(
+        "uniform",
+        pattern="^(uniform|weighted)$",
+        description="how FlashLB divides an expert's tokens among replicas: uniform or weighted",
+    )
     planner_threads: int = Field(
         1, ge=1, le=256, description="threads that FlashLB spreads layers over"
     )
@@ -118,6 +123,8 @@ def allowed(name: str) -> str:
         return "DEBUG, INFO, WARNING or ERROR"
     if name == "heat_phase":
         return "all, prefill or decode"
+    if name == "routing":
+        return "uniform or weighted"
     if name == "effort":
         return "fast, balanced or thorough"
     if name == "policy":

@@ -23,7 +23,7 @@ from .atomics import WORD, load_acquire, store_release
 from .round import RoundError
 from .segment import ALIGNMENT, aligned
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 SLOTS = 4
 """Rounds that may wait; the planner keeps the others to itself."""
 

@@ -11,6 +11,9 @@ import numpy as np
 from .placement import MOVE, PlacementError, apply_moves, check_placement
 from .shape import GroupShape, one_line
 
+MOST_COLUMNS = 1024
+"""Routing columns that an expert may have: the width of vLLM's table."""
+
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """What fits into a shared word; a record with other numbers is refused."""
 
@@ -30,6 +33,8 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
         epoch: number of committed rounds that it starts from.
         layers, ranks, slots: shape of the placement it was made for.
         moves: `MOVE` records, as bytes.
+        columns: int16[n, ranks, slots] of the n layers that it changes, by their numbers, as bytes:
+            routing columns of each slot after the round; empty if all slots have one.
     """
 
     generation: Number
@@ -41,12 +46,29 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
     ranks: Number
     slots: Number
     moves: bytes
+    columns: bytes = b""
 
     def move_array(self) -> np.ndarray:
         """The moves as a `MOVE` array."""
         if len(self.moves) % MOVE.itemsize:
             raise RoundError(f"{len(self.moves)} bytes of moves are no multiple of {MOVE.itemsize}")
         return np.frombuffer(self.moves, MOVE)
+
+    def column_array(self) -> np.ndarray | None:
+        """int16[n, ranks, slots] of the layers that the moves change; None if routing is uniform.
+
+        Raises:
+            RoundError: the bytes are not as many as that takes.
+        """
+        if not self.columns:
+            return None
+        layers = len(np.unique(self.move_array()["layer"]))
+        if len(self.columns) != 2 * layers * self.ranks * self.slots:
+            raise RoundError(
+                f"{len(self.columns)} bytes of routing columns for {layers} layers of "
+                f"{self.ranks} x {self.slots} slots"
+            )
+        return np.frombuffer(self.columns, "<i2").reshape(layers, self.ranks, self.slots)
 
 
 def encode_round(round_: Round) -> bytes:
@@ -71,7 +93,7 @@ def round_identity(record: bytes) -> int:
 def record_limit(shape: GroupShape) -> int:
     """Bytes that the longest round of this group needs."""
     moves = min(shape.staging_rows * shape.ranks, shape.layers * shape.columns)
-    return 128 + moves * MOVE.itemsize
+    return 128 + moves * MOVE.itemsize + min(moves, shape.layers) * 2 * shape.columns
 
 
 def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.ndarray:
@@ -84,7 +106,8 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
 
     Raises:
         RoundError: another shape, too many rows for a rank, a source that does not hold its
-            expert, an expert dropped, or one doubled on a rank.
+            expert, an expert dropped, or one doubled on a rank, or routing columns that no table
+            holds.
     """
     wanted = (shape.layers, shape.ranks, shape.slots)
     if (round_.layers, round_.ranks, round_.slots) != wanted:
@@ -105,4 +128,20 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
         raise RoundError(
             f"it fills {rows} rows on one rank, EPLB_STAGING_ROWS is there for {shape.staging_rows}"
         )
+    _check_columns(round_, after, shape.experts)
     return after
+
+
+def _check_columns(round_: Round, after: np.ndarray, experts: int) -> None:
+    columns = round_.column_array()
+    if columns is None:
+        return
+    if columns.min() < 1:
+        raise RoundError(f"a slot has {columns.min()} routing columns; it must have 1 or more")
+    for layer, shares in zip(np.unique(round_.move_array()["layer"]), columns, strict=True):
+        total = np.bincount(after[layer].ravel(), shares.ravel(), experts)
+        if total.max() > MOST_COLUMNS:
+            raise RoundError(
+                f"layer {layer} expert {total.argmax()} has {int(total.max())} routing columns; "
+                f"the table holds {MOST_COLUMNS}"
+            )

@@ -24,9 +24,13 @@ class Engine(Protocol):
     placement: np.ndarray
     loads: list[torch.Tensor]
 
-    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+    def commit_placement(
+        self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
+    ) -> None:
         """Route by `placement` (int [layers, ranks, slots]) in `layers` from the next step on.
 
+        A slot gets `columns` (int [len(layers), ranks, slots]) of its expert's routing columns, and
+        its share of them is its share of the expert's tokens; None is one column each.
         Called between two steps, after the rows of the commit stand in `weights`. Tables are
         changed in place: captured graphs hold their addresses.
         """

@@ -244,7 +244,7 @@ class Loader:
             move = moves[number]
             self._staging.commit(row, int(move["layer"]), int(move["slot"]))
         layers = np.unique(moves["layer"])
-        self._engine.commit_placement(layers, self._after)
+        self._engine.commit_placement(layers, self._after, self._active.round.column_array())
         self.placement = self._after
         self.epoch += 1
         self._board.write(self.epoch, self.placement)

@@ -122,8 +122,8 @@ class MoeEngine:
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
     ) -> None:
         """See `engine.Engine`."""
-        for layer in layers.tolist():
-            shares = None if columns is None else columns[layer]
+        for row, layer in enumerate(layers.tolist()):
+            shares = None if columns is None else columns[row]
             table, counts = logical_to_physical(placement[layer], self.shape.experts, shares)
             self._table[layer] = -1
             self._table[layer, :, : table.shape[1]] = torch.from_numpy(table)

@@ -40,12 +40,15 @@ class VllmEngine:
             names.setdefault(id(state), [state.model_name, 0])[1] += 1
         return [(str(name), count) for name, count in names.values()]
 
-    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+    def commit_placement(
+        self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
+    ) -> None:
         """Write vLLM's three maps of `layers` in place, unused columns as -1."""
-        for number in layers.tolist():
+        for row, number in enumerate(layers.tolist()):
             state, layer = self._where[number]
             experts = state.logical_replica_count.shape[1]
-            table, counts = logical_to_physical(placement[number], experts)
+            shares = None if columns is None else columns[row]
+            table, counts = logical_to_physical(placement[number], experts, shares)
             live = state.logical_to_physical_map[layer]
             width = max(table.shape[1], int(state.logical_replica_count[layer].max()))
             live[:, :width] = -1

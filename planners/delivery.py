@@ -96,6 +96,7 @@ class Delivery:
                 ranks=shape.ranks,
                 slots=shape.slots,
                 moves=self._rounds[number].moves.tobytes(),
+                columns=_bytes(self._rounds[number].columns),
             )
         )
         for rank in self._group.ranks:
@@ -119,3 +120,7 @@ class Delivery:
         if committed != self._last_progress[0]:
             self._last_progress = (committed, step)
         return step - self._last_progress[1] > self._timeout_steps
+
+
+def _bytes(columns: np.ndarray | None) -> bytes:
+    return b"" if columns is None else columns.astype("<i2").tobytes()

@@ -18,10 +18,14 @@ class PlannedRound:
     Attributes:
         moves: MOVE[n]; every source holds its expert when the round starts.
         placement: int32[layers, ranks, slots], the full placement after the round.
+        columns: int16[n, ranks, slots], routing columns of the n layers that the round changes, by
+            their numbers; None if every slot has one. An expert has its planned columns as soon as
+            its slots are those of the plan.
     """
 
     moves: np.ndarray
     placement: np.ndarray
+    columns: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +99,20 @@ class Plan:
             moves = _moves(current, self.placement, chunk, near, sent)
             current = current.copy()
             current[tuple(chunk.T)] = moves["expert"]
-            rounds.append(PlannedRound(moves, current))
+            columns = self._columns_under(current, np.unique(moves["layer"]))
+            rounds.append(PlannedRound(moves, current, columns))
         return rounds
+
+    def _columns_under(self, placement: np.ndarray, layers: np.ndarray) -> np.ndarray | None:
+        """Columns of `layers` under a placement on the way to the plan's; None if all are 1."""
+        if (self.columns[layers] == 1).all():
+            return None
+        columns = self.columns[layers].copy()
+        for layer, shares in zip(layers, columns, strict=True):
+            here, there = placement[layer], self.placement[layer]
+            on_their_way = np.concatenate([here[here != there], there[here != there]])
+            shares[np.isin(here, on_their_way)] = 1
+        return columns
 
 
 def make_plan(

@@ -25,6 +25,7 @@ DEFAULTS = {
     "max_moves": 0,
     "max_layers": 0,
     "effort": "balanced",
+    "routing": "uniform",
     "planner_threads": 1,
     "staging_rows": 8,
     "vote_steps": 4,

@@ -30,6 +30,7 @@ ROUNDS = st.builds(
     ranks=NUMBERS,
     slots=NUMBERS,
     moves=st.binary(max_size=200),
+    columns=st.binary(max_size=200),
 )
 SHAPE = GroupShape(
     models=(ModelShape("draft", 1), ModelShape("main", 1)),
@@ -145,7 +146,10 @@ def test_the_longest_round_fits_the_limit(models, ranks, slots, staging_rows):
     )
     moves = min(ranks * staging_rows, shape.layers * shape.columns)
     most = 2**63 - 1
-    longest = Round(most, most, most, True, most, most, most, most, bytes(moves * MOVE.itemsize))
+    columns = bytes(min(moves, shape.layers) * 2 * shape.columns)
+    longest = Round(
+        *(most, most, most, True, most, most, most, most), bytes(moves * MOVE.itemsize), columns
+    )
     assert len(encode_round(longest)) <= record_limit(shape)
 
 
@@ -241,3 +245,35 @@ def test_any_moves_are_refused_or_give_a_valid_placement(moves):
         check_placement(after, SHAPE.experts)
         assert (after == apply_moves(PLACEMENT, round_.move_array())).all()
         assert np.bincount(round_.move_array()["rank"]).max() <= SHAPE.staging_rows
+
+
+GOOD = [(0, 2, 0, 2, 1, 2)]  # rank 1 gives up a replica of expert 1 for one of expert 2 in layer 0
+
+
+def columns_of(cells):
+    return np.array(cells, "<i2").tobytes()
+
+
+def test_columns_come_back_for_the_layers_that_change():
+    assert round_of(GOOD).column_array() is None
+    cells = [[[1, 2, 3], [4, 5, 1020]]]
+    round_ = decode_round(encode_round(round_of(GOOD, columns=columns_of(cells))))
+    assert round_.column_array().tolist() == cells
+    check_round(round_, SHAPE, PLACEMENT)
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ([1, 1, 1], "6 bytes of routing columns for 1 layers of 2 x 3 slots"),
+        ([[[1, 0, 1], [1, 1, 1]]], "a slot has 0 routing columns; it must have 1 or more"),
+        (
+            [[[1, 1, 5], [1, 1, 1020]]],
+            "layer 0 expert 2 has 1025 routing columns; the table holds 1024",
+        ),
+    ],
+)
+def test_columns_that_no_table_holds_are_refused(cells, reason):
+    with pytest.raises(RoundError) as error:
+        check_round(round_of(GOOD, columns=columns_of(cells)), SHAPE, PLACEMENT)
+    assert str(error.value) == reason

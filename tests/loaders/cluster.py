@@ -36,6 +36,7 @@ class FakeEngine:
         self.placement = initial_placement(layers, experts, ranks, slots)
         self.rank = rank
         self.routed = self.placement.copy()
+        self.columns = np.ones_like(self.placement)
         self.loads = [torch.zeros((layers, ranks * slots), dtype=torch.int32)]
         self.weights: list[list[torch.Tensor]] = []
         for layer in range(layers):
@@ -43,8 +44,9 @@ class FakeEngine:
             wide = (ids * 1000 + layer)[:, None] + torch.arange(37) / 64
             self.weights.append([wide.clone(), (wide[:, :5] * 3).to(torch.bfloat16)])
 
-    def commit_placement(self, layers: np.ndarray, placement: np.ndarray) -> None:
+    def commit_placement(self, layers: np.ndarray, placement: np.ndarray, columns=None) -> None:
         self.routed[layers] = placement[layers]
+        self.columns[layers] = 1 if columns is None else columns
 
     def experts_in_slots(self) -> np.ndarray:
         """int [layers, slots]: which expert's weights really lie in each slot."""

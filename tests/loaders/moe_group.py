@@ -15,6 +15,7 @@ import random
 import sys
 import time
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -147,6 +148,8 @@ def drive(session: str, plans: int, rows: int, moves: int, seed: int) -> dict[st
             time.sleep(0.001)
             board = group.committed()
         plan = make_plan(board[1], random_placement(board[1], moves, chance))
+        columns = np.array([chance.randint(1, 5) for _ in range(plan.columns.size)], np.int16)
+        plan = replace(plan, columns=columns.reshape(plan.columns.shape))
         rounds = plan.rounds(rows)
         for part in rounds:
             most_rows = max(most_rows, int(np.bincount(part.moves["rank"]).max()))

@@ -118,6 +118,20 @@ def test_experts_that_move_within_a_rank_are_copied(cluster):
     assert group.ranks[0].segment.status[Field.RECEIVED_BYTES] == 0
 
 
+def test_columns_are_committed_with_the_placement(cluster):
+    group = cluster()
+    columns = np.arange(2, 11, dtype="<i2").reshape(1, 3, 3)
+    group.send(group.record(SWAP, columns=columns.tobytes()))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    for rank in group.ranks:
+        assert (rank.engine.columns[1] == columns[0]).all()
+        assert (rank.engine.columns[[0, 2]] == 1).all()
+    group.check_consistent()
+    group.send(group.record(swap(1, (3, 0, 0), (0, 1, 0)), plan=2, sequence=2))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
+    assert all((rank.engine.columns == 1).all() for rank in group.ranks)
+
+
 def test_nothing_starts_unless_all_ranks_hold_the_same_round(cluster):
     group = cluster()
     group.send(group.record(SWAP), ranks=[0, 1])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -228,6 +230,30 @@ def test_routing_is_uniform_unless_it_is_planned():
     assert plan.columns.dtype == np.int16
     assert plan.columns.shape == before.shape
     assert (plan.columns == 1).all()
+
+
+@given(changes(), st.sampled_from([1, 2, 8]), st.randoms(use_true_random=False))
+def test_an_expert_has_its_planned_columns_as_soon_as_it_has_its_planned_slots(
+    change, rows, random
+):
+    before, wanted, experts = change
+    plan = make_plan(before, wanted)
+    assert all(part.columns is None for part in plan.rounds(rows))
+    planned = np.array([random.randint(2, 9) for _ in range(plan.columns.size)], np.int16)
+    plan = replace(plan, columns=planned.reshape(plan.columns.shape))
+    last = {}
+    for part in plan.rounds(rows):
+        layers = sorted({int(layer) for layer in part.moves["layer"]})
+        assert part.columns.shape == (len(layers), *before.shape[1:])
+        for layer, columns in zip(layers, part.columns, strict=True):
+            here, there = part.placement[layer], plan.placement[layer]
+            for expert in range(experts):
+                arrived = ((here == expert) == (there == expert)).all()
+                shares = columns[here == expert]
+                assert (shares == (plan.columns[layer][here == expert] if arrived else 1)).all()
+            last[layer] = columns
+    for layer in plan.layers.tolist():
+        assert (last[layer] == plan.columns[layer]).all()
 
 
 def test_placements_that_do_not_fit_are_refused():

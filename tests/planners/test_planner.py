@@ -99,6 +99,18 @@ def test_an_engine_whose_ranks_count_their_own_slots_is_balanced_too(session):
     engine.close()
 
 
+def test_planned_routing_weights_are_sent_with_the_moves(session, engine):
+    def weighted(ranks, slots):
+        return FlashLB(ranks, slots, routing="weighted")
+
+    async def scenario():
+        async with planning(session, weighted):
+            await until(engine, lambda: engine.columns is not None)
+
+    run(scenario())
+    assert engine.columns.max() > 1
+
+
 def test_only_the_phase_that_was_asked_for_counts(session, engine, caplog):
     async def scenario():
         async with planning(session, pace=replace(PACE, heat_phase="decode")):
