@@ -15,7 +15,6 @@ settings.register_profile("flash_eplb", deadline=None)
 settings.load_profile("flash_eplb")
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="run tests marked soak in their long form")
 

@@ -96,7 +96,7 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{_free_port()}"
 
     def __enter__(self) -> VllmServer:
-        self._others = _vllm_segments()
+        self._others = vllm_segments()
         command = [str(Path(sys.executable).parent / "vllm"), "serve", self.model]
         command += [*_arguments(), "--port", self.url.rpartition(":")[2], *self._arguments]
         with self.log.open("wb") as output:
@@ -157,9 +157,7 @@ class VllmServer:
                 for pid in _group_members(self.process.pid):
                     _kill(pid)
         self.process.wait()
-        for path in _vllm_segments() - self._others:
-            if not _is_mapped(path):
-                path.unlink(missing_ok=True)
+        remove_vllm_segments(self._others)
 
     def _ends_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -170,9 +168,16 @@ class VllmServer:
         return True
 
 
-def _vllm_segments() -> set[Path]:
-    """What vLLM's workers keep in /dev/shm; `vllm serve` kills them before they can remove it."""
+def vllm_segments() -> set[Path]:
+    """What vLLM's workers keep in /dev/shm; vLLM kills them before they can remove it."""
     return set(Path("/dev/shm").glob("vllm_dist_*"))
+
+
+def remove_vllm_segments(others: set[Path]) -> None:
+    """Remove what has come since `others` and is in nobody's memory any more."""
+    for path in vllm_segments() - others:
+        if not _is_mapped(path):
+            path.unlink(missing_ok=True)
 
 
 def _is_mapped(path: Path) -> bool:

@@ -13,7 +13,7 @@ from flash_eplb.ipc.liveness import owner_is_alive
 from flash_eplb.ipc.names import bell_name, planner_name, rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.segment import take_name
-from flash_eplb.ipc.session import segment_names
+from flash_eplb.ipc.session import dead_names, remove_dead, segment_names, sessions
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.ipc.status import Field
 
@@ -136,8 +136,8 @@ def test_the_traceback_of_a_policy_is_there_for_its_author(session, tmp_path):
 def test_a_policy_that_cannot_be_made_for_the_engine_ends_the_planner(session, tmp_path):
     code = "def Mine(ranks, slots, near): raise ValueError(f'{ranks} {slots} {near}: too few')"
     shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
-    bell = Doorbell.create(bell_name(session))
     ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(2)]
+    bell = Doorbell.create(bell_name(session))
     for rank in ranks:
         rank.publish()
     found = run_eplb("planner", "--session", session, **install_policy(tmp_path, code))
@@ -164,20 +164,103 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert "MIN_GAIN" not in found.stderr
 
 
-def test_clean_removes_what_the_dead_left(session, start):
-    script = start(OWNER, session)
-    script.line()
-    script.kill()
-    name = rank_name(session, 0)
+@pytest.fixture
+def dead(session, start):
+    """`dead(name)` is a session of this name in which a process left a bell and a segment."""
+
+    names = []
+
+    def leave(name):
+        names.append(name)
+        script = start(OWNER, name)
+        script.line()
+        script.kill()
+        return [bell_name(name), rank_name(name, 0)]
+
+    yield leave
+    for name in names:
+        remove_dead(name)
+
+
+@pytest.fixture
+def only_ours(session, environment):
+    """`eplb clean` finds the sessions whose names begin with `session` and no others."""
+    environment.setattr(
+        "flash_eplb.ipc.session.sessions",
+        lambda: [name for name in sessions() if name.startswith(session)],
+    )
+
+
+def test_clean_removes_what_the_dead_left_and_lists_it_before(session, dead):
+    names = dead(session)
     result = eplb("clean", "--session", session, "--dry-run")
-    assert (result.exit_code, result.stdout) == (0, f"would remove {name}\n")
-    assert segment_names(session) == [name]
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"would remove {name}" for name in names]
+    assert segment_names(session) == names[1:]
+    assert dead_names(session) == names
     result = eplb("clean", "--session", session)
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [f"removed {bell_name(session)}", f"removed {name}"]
-    assert segment_names(session) == []
+    assert result.stdout.splitlines() == [f"removed {name}" for name in names]
+    assert dead_names(session) == segment_names(session) == []
     result = eplb("clean", "--session", session)
     assert (result.exit_code, result.stdout) == (0, "nothing to remove\n")
+
+
+@pytest.mark.usefixtures("only_ours")
+def test_clean_removes_all_dead_sessions_and_leaves_the_living_among_them(session, dead):
+    others = [f"{session}-{letter}" for letter in "abc"]
+    living = take_name(others[1], rank_name(others[1], 0), b"", 10, 1)
+    bell = Doorbell.create(bell_name(others[1]))
+    names = [name for other in (session, others[0], others[2]) for name in dead(other)]
+    result = eplb("clean", "--dry-run")
+    assert result.stdout.splitlines() == [f"would remove {name}" for name in names]
+    result = eplb("clean")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [f"removed {name}" for name in names]
+    assert sessions_of(session) == [others[1]]
+    assert owner_is_alive(living.name)
+    Doorbell.open(bell_name(others[1])).close()
+    bell.close()
+    living.close()
+
+
+def sessions_of(session):
+    return [name for name in sessions() if name.startswith(session)]
+
+
+def test_clean_removes_the_dead_of_a_session_that_lives(session, start):
+    living = take_name(session, planner_name(session), b"", 10, 1)
+    script = start(OWNER, session)
+    script.line()
+    assert eplb("clean", "--session", session).stdout == "nothing to remove\n"
+    script.kill()
+    result = eplb("clean", "--session", session)
+    assert result.stdout.splitlines() == [
+        f"removed {bell_name(session)}",
+        f"removed {rank_name(session, 0)}",
+    ]
+    assert segment_names(session) == [living.name]
+    assert owner_is_alive(living.name)
+    living.close()
+
+
+@pytest.mark.usefixtures("only_ours")
+def test_clean_removes_the_lock_of_a_killed_holder(session):
+    lock = f"/dev/shm/eplb.{session}.lock"
+    os.close(os.open(lock, os.O_CREAT, 0o600))
+    assert eplb("clean").exit_code == 0
+    assert not os.path.exists(lock)
+
+
+def test_clean_removes_a_queue_whose_segment_is_gone_if_it_is_told_the_session(session):
+    bell = Doorbell.create(bell_name(session))
+    assert session not in sessions()
+    result = eplb("clean", "--session", session, "--dry-run")
+    assert result.stdout == f"would remove {bell_name(session)}\n"
+    result = eplb("clean", "--session", session)
+    assert result.stdout == f"removed {bell_name(session)}\n"
+    assert eplb("clean", "--session", session).stdout == "nothing to remove\n"
+    bell.close()
 
 
 def test_clean_never_touches_the_living(session):

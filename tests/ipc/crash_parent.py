@@ -24,7 +24,7 @@ if sys.argv[1] == "points":
     crash_points.bring_to_life()
 
 from crash_scenarios import SCENARIOS, Scenario, scenario_of
-from forks import adopt_grandchildren, fork, holdings, reap, work_as_successor
+from forks import adopt_grandchildren, fork, holdings, kill, reap, work_as_successor
 
 MOST_SECONDS = 30
 MOST_PASSES = 12
@@ -45,12 +45,17 @@ def die(scenario: Scenario, point: str | None, passes: int, life: float) -> None
 
     pid = fork(act)
     os.close(ready[1])
-    assert os.read(ready[0], 1) == b"r", "the child did not begin"
-    scenario.attach()
-    os.write(go[1], b"g")
-    status = _watch(scenario, pid, time.monotonic() + life if point is None else None)
-    for end in (ready[0], *go):
-        os.close(end)
+    try:
+        assert os.read(ready[0], 1) == b"r", "the child did not begin"
+        scenario.attach()
+        os.write(go[1], b"g")
+        status = _watch(scenario, pid, time.monotonic() + life if point is None else None)
+    except BaseException:
+        kill(pid)
+        raise
+    finally:
+        for end in (ready[0], *go):
+            os.close(end)
     assert os.WIFSIGNALED(status), f"the child ended with {os.waitstatus_to_exitcode(status)}"
     assert os.WTERMSIG(status) == signal.SIGKILL, "the point was not reached"
     reap()
@@ -58,20 +63,20 @@ def die(scenario: Scenario, point: str | None, passes: int, life: float) -> None
 
 
 def _watch(scenario: Scenario, pid: int, deadline: float | None) -> int:
-    while True:
+    """Watch until the child has died, or has been killed at `deadline`; its status."""
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         scenario.watch()
         if deadline is not None and time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
-            return os.waitpid(pid, 0)[1]
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return status
         time.sleep(0)
+    return os.waitpid(pid, 0)[1]
 
 
 def serve(session: str, what: str, times: int, seed: int) -> list[str]:
     """`times` deaths at point `what`, or at any instant of scenario `what`; returns the faults."""
     rng = random.Random(seed)
+    signal.alarm(MOST_SECONDS)
+    work_as_successor(session)  # compiles what children and survivor use, the first time
     faults = []
     for number in range(times):
         point = None if what in SCENARIOS else what
@@ -91,7 +96,6 @@ def serve(session: str, what: str, times: int, seed: int) -> list[str]:
 def main() -> None:
     faulthandler.register(signal.SIGALRM, chain=True)  # says where it was blocked, and ends
     adopt_grandchildren()
-    work_as_successor(f"t-{os.getpid()}-warm")  # compiles what children and survivor use
     for line in sys.stdin:
         print(json.dumps(serve(**json.loads(line))), flush=True)
 

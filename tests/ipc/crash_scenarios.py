@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
-from forks import SHAPE, Engine, has_bell, leave, left_over, work_as_successor
+from forks import PLACEMENT, SHAPE, Engine, has_bell, leave, left_over, work_as_successor
 
+from flash_eplb.ipc.heat_ring import HeatRecords
 from flash_eplb.ipc.liveness import SegmentError, owner_is_alive
 from flash_eplb.ipc.names import planner_name, rank_name
 from flash_eplb.ipc.plan_queue import SLOTS
@@ -70,13 +72,26 @@ def placement_of(number: int) -> np.ndarray:
     return ((PLACES + number) % 30_000).reshape(SHAPE.layers, SHAPE.ranks, SHAPE.slots)
 
 
-def write(segment: RankSegment, number: int) -> None:
-    """What a worker writes in one step."""
+def step_of(segment: RankSegment, number: int) -> Callable[[], None]:
+    """A call that writes what a worker writes in one step."""
     *fields, span = fields_of(number)
-    segment.heat.push(number, *fields, counts_of(number), span)
-    segment.board.write(number, placement_of(number))
-    segment.status[Field.STEP] = number
-    segment.status.add(Field.COMMITTED)
+    counts, placement = counts_of(number), placement_of(number)
+
+    def write() -> None:
+        segment.heat.push(number, *fields, counts, span)
+        segment.board.write(number, placement)
+        segment.status[Field.STEP] = number
+        segment.status.add(Field.COMMITTED)
+
+    return write
+
+
+def check_records(records: HeatRecords) -> None:
+    """AssertionError if one of the records is torn."""
+    for row, number in enumerate(records.steps.tolist()):
+        found = [column[row] for column in records[1:6]]
+        assert found == fields_of(number), f"record {number} is torn: {found}"
+        assert (records.heat[row] == counts_of(number)).all(), f"record {number} is torn"
 
 
 class Heat:
@@ -89,12 +104,9 @@ class Heat:
     def take(self) -> None:
         """Read what is there; AssertionError if a record is torn or out of order."""
         while len((records := self.ring.read(3)).steps):
-            for row, number in enumerate(records.steps.tolist()):
-                found = [column[row] for column in records[1:6]]
-                assert found == fields_of(number), f"record {number} is torn: {found}"
-                assert (records.heat[row] == counts_of(number)).all(), f"{number} is torn"
-                assert not self.numbers or self.numbers[-1] < number, "out of order"
-                self.numbers.append(number)
+            check_records(records)
+            self.numbers += records.steps.tolist()
+        assert self.numbers == sorted(set(self.numbers)), "out of order"
 
     @property
     def head(self) -> int:
@@ -118,7 +130,7 @@ class Writing(Scenario):
 
     def act(self) -> None:
         for number in itertools.count(1):
-            write(self.mine, number)
+            step_of(self.mine, number)()
 
     def watch(self) -> None:
         self.heat.take()
@@ -276,7 +288,7 @@ class Living(Scenario):
                 continue
             board = found.board.read()
             assert board is not None
-            assert not board[1].any()
+            assert (board[1] == PLACEMENT).all()
             found.close()
 
     def check(self, point: str | None, passes: int) -> None:

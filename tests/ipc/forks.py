@@ -34,6 +34,9 @@ SHAPE = GroupShape(
     staging_rows=4,
     ring_slots=8,
 )
+PLACEMENT = np.tile(np.arange(SHAPE.columns) % SHAPE.experts, (SHAPE.layers, 1)).reshape(
+    SHAPE.layers, SHAPE.ranks, SHAPE.slots
+)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -93,7 +96,7 @@ class Engine:
         self.ranks = [RankSegment.create(session, SHAPE, n, generation) for n in range(ranks)]
         self.bell = Doorbell.create(bell_name(session))
         for rank in self.ranks:
-            rank.board.write(0, np.zeros((2, 2, 5), np.int64))
+            rank.board.write(0, PLACEMENT)
             rank.publish()
         self.bell.ring()
 
@@ -166,6 +169,7 @@ def work_as_successor(session: str) -> None:
     board = found.board.read()
     assert board is not None
     assert board[0] == 0
+    assert (board[1] == PLACEMENT).all()
     assert found.owner_is_alive()
     bell = Doorbell.open(bell_name(session))
     assert bell.drain() == 1

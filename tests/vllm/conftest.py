@@ -14,7 +14,7 @@ import posix_ipc
 import pytest
 
 from flash_eplb.eplb.demo.checkpoint import TinyMoE, write_checkpoint
-from flash_eplb.eplb.demo.server import environment
+from flash_eplb.eplb.demo.server import environment, remove_vllm_segments, vllm_segments
 from flash_eplb.eplb.demo.traffic import batches
 from flash_eplb.ipc.names import bell_name
 from flash_eplb.ipc.session import segment_names
@@ -88,6 +88,7 @@ def generate(folder, checkpoint, work):
         env = environment(**settings)
         if path:
             env["PYTHONPATH"] = path
+        others = vllm_segments()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, json.dumps(engine or {})],
@@ -102,6 +103,7 @@ def generate(folder, checkpoint, work):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+            remove_vllm_segments(others)
         text = log.read_text(errors="replace")
         assert code == 0, text[-5000:]
         return Generated(json.loads(result.read_text()), text)

@@ -34,7 +34,14 @@ def mutation(tmp_path):
 
 
 def test_tokens_are_the_same_with_at_least_five_commits(generate, reference, session):
-    ours = generate("balanced", least_commits=5, session=session, spawn_planner=1, **SETTINGS)
+    ours = generate(
+        "balanced",
+        least_commits=5,
+        session=session,
+        spawn_planner=1,
+        routing="weighted",
+        **SETTINGS,
+    )
     assert ours.commits >= 5, ours.log[-5000:]
     for answers in ours.passes:
         differing, compared = differences(reference, answers)
