@@ -179,7 +179,10 @@ class HeatRing:
         `most` at most, and of large ones as many as memory is at hand for without page faults.
         `lost` counts those that were overwritten before they could be read.
         """
-        there = max(0, load_acquire(self._words, 0) - self._cursor)
+        there = load_acquire(self._words, 0) - self._cursor
+        if there < 0:  # no writer takes records back: what was read as the head was none
+            self.follow()
+            there = 0
         room = min(most, there, self.slots, max(1, _AT_ONCE // max(1, self._counts_bytes)))
         meta = np.empty((room, _FIELDS), np.int64)
         heat = np.empty((room, self.layers, self.columns), np.int32)

@@ -11,7 +11,7 @@ from ..ipc.limits import check_files
 from ..ipc.liveness import SegmentError
 from ..ipc.names import rank_name
 from ..ipc.placement import PlacementError, check_placement
-from ..ipc.rank_segment import RankSegment
+from ..ipc.rank_segment import RankSegment, check_group
 from ..ipc.status import Field
 from .step_heat import StepHeat, StepMatcher, group_heat
 
@@ -46,10 +46,11 @@ class Group:
             for rank in range(1, ranks[0].header.shape.ranks):
                 ranks.append(RankSegment.open(rank_name(session, rank), writable=True))
             for found in ranks:
-                if found.generation != ranks[0].generation or not found.owner_is_alive():
+                if not found.owner_is_alive():
                     raise SegmentError(
                         f"EP rank {found.header.rank} of session {session!r} is dead"
                     )
+            check_group(ranks)
         except SegmentError:
             for found in ranks:
                 found.close()

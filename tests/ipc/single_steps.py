@@ -33,7 +33,7 @@ NOT_PERMITTED = 77
 OVERTAKING = (0.006, 0.0, 0.02, 0.01)
 """How likely it is that a writer comes between two instructions of a reader of heat."""
 
-OF_BOARDS = 4
+OF_BOARDS = 10
 """How much likelier between two of a reader of the board, which has fewer of them."""
 
 _TRACEME, _CONT, _SINGLESTEP = 0, 7, 9

@@ -146,6 +146,20 @@ def test_a_record_that_is_being_written_is_lost_and_the_others_are_whole():
     assert reader.lost == 1
 
 
+def test_a_head_that_was_no_head_does_not_silence_the_reader_for_ever():
+    memory = body(1, 2, 3)
+    writer, reader = HeatRing(memory, 1, 2, 3), HeatRing(memory, 1, 2, 3)
+    push(writer, 0, 1, 2)
+    head = memory[:8].view("<i8")
+    head[0] = 2**40
+    assert check(reader.read(), 1, 2) == []
+    head[0] = 1
+    for index in range(1, 4):
+        reader.read()
+        push(writer, index, 1, 2)
+    assert 3 in check(reader.read(), 1, 2)
+
+
 WRITER = """
 import sys
 import numpy as np
