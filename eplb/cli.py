@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from typing import TYPE_CHECKING, Annotated, Any
@@ -225,7 +226,7 @@ def clean(
     found = failed = 0
     for name in chosen:
         try:
-            with session_lock(name):
+            with contextlib.nullcontext() if dry_run else session_lock(name):
                 names = dead_names(name) if dry_run else remove_dead(name)
         except SegmentError as error:
             typer.echo(f"eplb: {error}", err=True)

@@ -94,6 +94,7 @@ class Segment:
             ) from None
         except (OSError, posix_ipc.Error) as error:
             raise SegmentError(f"shared memory {name} cannot be made: {error}") from error
+        lock_fd = None
         try:
             # crash point: segment.create.made
             os.posix_fallocate(shm.fd, 0, size)
@@ -104,6 +105,8 @@ class Segment:
             # crash point: segment.create.mapped
         except OSError as error:
             posix_ipc.unlink_shared_memory(name)
+            if lock_fd is not None:
+                os.close(lock_fd)
             raise LimitError(no_room(name, size, error)) from error
         finally:
             shm.close_fd()

@@ -97,6 +97,8 @@ class EngineLoop:
     def turn(self) -> None:
         """Once per bell: take the heat, follow the plan under way, or begin the next one."""
         steps = list(self._group.read_heat(self._pace.heat_phase))
+        if not self._resumed:
+            self._lost = self._group.lost  # overwritten while this planner was coming
         self._report_losses()
         self._report_phases()
         if self._delivery is not None:

@@ -203,6 +203,18 @@ def test_more_than_there_is_room_for_is_refused_and_leaves_nothing(name, times):
     assert not owner_is_alive(name)
 
 
+def test_a_mapping_that_fails_leaves_no_descriptor_and_no_name(name, monkeypatch):
+    def fail(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("flash_eplb.ipc.segment.mmap.mmap", fail)
+    with pytest.raises(SegmentError, match="Cannot allocate memory"):
+        Segment.create(name, b"", 10, 1)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert not os.path.exists("/dev/shm" + name)
+
+
 def test_pages_are_reserved(name):
     segment = Segment.create(name, b"", 1_000_000, 0)
     assert os.stat("/dev/shm" + name).st_blocks * 512 >= 1_000_000

@@ -136,15 +136,25 @@ def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session,
     assert caplog.text.count("EPLB_HEAT_PHASE=prefill such steps do not count") == 1
 
 
-def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engine):
+def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engine, caplog):
     for _ in range(300):
         engine.step(SKEWED)
+    attach = Group.attach
+
+    def attach_beside_a_busy_engine(session):
+        group = attach(session)
+        engine.step(SKEWED)  # over the oldest record that the planner would read
+        return group
 
     async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.epoch >= 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Group, "attach", attach_beside_a_busy_engine)
+            async with planning(session):
+                await until(engine, lambda: engine.epoch >= 1)
 
-    run(scenario())
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert "overwritten before they were read" not in caplog.text
 
 
 def test_a_successor_resumes_from_the_boards(session, engine, caplog):
