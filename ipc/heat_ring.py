@@ -33,6 +33,10 @@ from .segment import ALIGNMENT, aligned
 _AT_ONCE = 2**21
 """Bytes that are read at once; the allocator takes larger blocks afresh from the kernel."""
 
+OVERTAKEN_SHARE = 4
+"""A reader that is overtaken gives up a fourth of the ring at once: it would be overtaken again at
+each record of it, and copy them all in vain."""
+
 _SLOT_WORDS = 8
 _FIRST = ALIGNMENT // 8
 _STEP, _TIME, _TOKENS, _FLAGS, _EPOCH, _SPAN = 1, 2, 3, 4, 5, 6
@@ -98,9 +102,13 @@ def _read(words, slot_words, slots, cursor, meta, heat):
             whole = _load_acquire(words, slot) == 2 * cursor + 2
         if whole:
             found += 1
-        else:
-            lost += 1
-        cursor += 1
+            cursor += 1
+            continue
+        # The writer has come round to here, and will to the next ones before they are copied.
+        ahead = _load_acquire(words, 0) - slots + slots // OVERTAKEN_SHARE
+        ahead = min(head, max(cursor + 1, ahead))
+        lost += ahead - cursor
+        cursor = ahead
     return found, lost, cursor
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from flash_eplb.ipc.atomics import WORD, load_acquire, store_release
+from flash_eplb.ipc.heat_ring import OVERTAKEN_SHARE
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.shape import GroupShape, ModelShape
@@ -164,8 +165,10 @@ def read_ring(heat, ring, result):
     torn, disordered, lost = judge(np.array(records[:-1]), records.heat, ring, cursor, after)
     result[TORN] += torn
     result[DISORDERED] += disordered
-    # Record i may be lost once the writer has begun i + slots, so i + slots records are written.
-    result[UNDUE] += lost >= 0 and load_acquire(heat._words, 0) < lost + heat.slots
+    # Record i may be lost once the writer has begun i + slots, so i + slots records are written;
+    # and a little earlier, if one before it was.
+    begun = load_acquire(heat._words, 0) + heat.slots // OVERTAKEN_SHARE
+    result[UNDUE] += lost >= 0 and begun < lost + heat.slots
     return after > cursor
 
 
