@@ -11,8 +11,8 @@ from dataclasses import asdict
 from rich.console import Console
 
 from . import ipc_bells, ipc_report
+from .ipc_ends import Size
 from .ipc_measure import Amount, Cell, SizeBench
-from .ipc_peers import Size
 from .ipc_run import Run, running
 from .targets import print_targets, write_json, write_targets
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ipc_peers import KINDS, MEMCPY, OURS, RingWriter, Size, Writer
+from .ipc_ends import Size, Writer
+from .ipc_peers import KINDS, MEMCPY, OURS, RingWriter
 from .ipc_run import DONE, LONGEST, PeerError, ReaderProcess, Run
 
 BLOCK = 500  # calls of ours, then as many of memcpy

@@ -1,25 +1,22 @@
-"""Ways of handing a record to another process, behind one interface.
-
-A writer's `write(counts)` may be called again with the same array at once, so it copies. A reader's
-`take()` gives int32[records, layers, columns] of its own, maybe no record, and waits if that is how
-the peer is read.
-"""
+"""Ways of handing a record to another process, by name."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import mmap
 import os
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import posix_ipc
 
 from flash_eplb.ipc.heat_ring import HeatRing
+
+from .ipc_ends import Reader, Size, Writer, no_record
+from .ipc_iceoryx2 import Iceoryx2Reader, Iceoryx2Writer
 
 if TYPE_CHECKING:
     from .ipc_run import Run
@@ -29,51 +26,6 @@ MANAGER_ARRAY, MANAGER_TENSOR = "Manager dict, array", "Manager dict, tensor"
 QUEUE, SHM_BROADCAST, ICEORYX2 = "multiprocessing Queue", "vLLM shm_broadcast", "iceoryx2"
 WAIT = 0.02  # seconds for which a reader that blocks waits before it looks whether to stop
 GIVE_UP = 20.0  # seconds after which a writer that blocks fails
-
-
-@dataclass(frozen=True)
-class Size:
-    """A record's size, and the records that a ring or queue may hold."""
-
-    label: str
-    layers: int
-    columns: int
-    slots: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layers, self.columns
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.layers * self.columns
-
-
-class Writer:
-    """What every writer has."""
-
-    write: Callable[[np.ndarray], None]
-
-    def handle(self) -> Any:
-        """What the reader needs to attach; it can be pickled."""
-
-    def ready(self) -> None:
-        """Called when the reader has attached, while its `ready` runs."""
-
-    def close(self) -> None: ...
-
-
-class Reader:
-    """What every reader has; `pause` is slept between two takes while the writer keeps a pace."""
-
-    pause: ClassVar[float] = 0.0
-
-    def ready(self) -> None: ...
-
-    def take(self) -> np.ndarray:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
 
 
 class RingWriter(Writer):
@@ -137,7 +89,7 @@ class ManagerReader(Reader):
 
     def __init__(self, run: Run, size: Size, handle: Any):
         self._dict = handle
-        self._none = _no_record(size)
+        self._none = no_record(size)
 
     def take(self) -> np.ndarray:
         record = self._dict.get("moe_load")
@@ -157,7 +109,7 @@ class QueueWriter(Writer):
 class QueueReader(Reader):
     def __init__(self, run: Run, size: Size, handle: Any):
         self._get = run.queue.get
-        self._none = _no_record(size)
+        self._none = no_record(size)
 
     def take(self) -> np.ndarray:
         try:
@@ -192,7 +144,7 @@ class BroadcastReader(Reader):
         from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
         self._queue = MessageQueue.create_from_handle(handle, 0)
-        self._none = _no_record(size)
+        self._none = no_record(size)
 
     def ready(self) -> None:
         self._queue.wait_until_ready()
@@ -205,47 +157,6 @@ class BroadcastReader(Reader):
 
     def close(self) -> None:
         del self._queue
-
-
-class Iceoryx2Writer(Writer):
-    """Publishes bytes; the oldest record makes room, as in ours."""
-
-    def __init__(self, run: Run, size: Size):
-        self._node, service = _iceoryx2_service(run, size)
-        builder = service.publisher_builder().initial_max_slice_len(size.nbytes)
-        self._publisher = builder.create()
-        self._nbytes = size.nbytes
-        self._counts, self._source = np.empty(0), 0
-
-    def write(self, counts: np.ndarray) -> None:
-        if counts is not self._counts:
-            self._counts, self._source = counts, counts.ctypes.data
-        sample = self._publisher.loan_slice_uninit(self._nbytes)
-        ctypes.memmove(sample.payload_ptr, self._source, self._nbytes)
-        sample.assume_init().send()
-
-    def close(self) -> None:
-        del self._publisher, self._node
-
-
-class Iceoryx2Reader(Reader):
-    pause = 0.0005
-
-    def __init__(self, run: Run, size: Size, handle: Any):
-        self._node, service = _iceoryx2_service(run, size)
-        self._subscriber = service.subscriber_builder().create()
-        self._shape = (1, *size.shape)
-        self._none = _no_record(size)
-
-    def take(self) -> np.ndarray:
-        sample = self._subscriber.receive()
-        if sample is None:
-            return self._none
-        view = np.frombuffer(sample.payload().as_memory_view(), np.int32)
-        return view.reshape(self._shape).copy()
-
-    def close(self) -> None:
-        del self._subscriber, self._node
 
 
 @dataclass(frozen=True)
@@ -291,22 +202,3 @@ def _create(name: str, nbytes: int) -> np.ndarray:
         shm.close_fd()
     body[:] = 0
     return body
-
-
-def _no_record(size: Size) -> np.ndarray:
-    return np.empty((0, *size.shape), np.int32)
-
-
-def _iceoryx2_service(run: Run, size: Size) -> tuple[Any, Any]:
-    import iceoryx2 as iox
-
-    iox.set_log_level(iox.LogLevel.Error)
-    config = iox.config.default()
-    config.global_cfg.prefix = iox.FileName.new(f"{run.prefix}-iox-")
-    config.global_cfg.root_path = iox.Path.new(f"{run.folder}/iceoryx2")
-    builder = iox.NodeBuilder.new().config(config)
-    builder = builder.signal_handling_mode(iox.SignalHandlingMode.Disabled)
-    node = builder.create(iox.ServiceType.Ipc)
-    name = iox.ServiceName.new(f"heat-{size.nbytes}")
-    service = node.service_builder(name).publish_subscribe(iox.Slice[ctypes.c_uint8])
-    return node, service.subscriber_max_buffer_size(size.slots).open_or_create()

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .ipc_peers import KINDS, Reader, Size, Writer
+from .ipc_ends import Reader, Size, Writer
+from .ipc_peers import KINDS
 
 CONTEXT = mp.get_context("spawn")
 STOP, DONE = 0, 1  # words that both processes see

@@ -93,20 +93,19 @@ def _read(words, slot_words, slots, cursor, meta, heat):
         cursor = head - slots
     while cursor < head and found < meta.shape[0]:
         slot = _FIRST + cursor % slots * slot_words
-        whole = False
+        ahead = cursor + 1
         if _load_acquire(words, slot) == 2 * cursor + 2:
             for field in range(_FIELDS):
                 meta[found, field] = words[slot + _STEP + field]
             copy_out(words, slot + _SLOT_WORDS, heat[found])
             fence_acquire()
-            whole = _load_acquire(words, slot) == 2 * cursor + 2
-        if whole:
-            found += 1
-            cursor += 1
-            continue
-        # The writer has come round to here, and will to the next ones before they are copied.
-        ahead = _load_acquire(words, 0) - slots + slots // OVERTAKEN_SHARE
-        ahead = min(head, max(cursor + 1, ahead))
+            if _load_acquire(words, slot) == 2 * cursor + 2:
+                found += 1
+                cursor += 1
+                continue
+            # The writer came by, and will come by the next ones before they are copied.
+            ahead = max(ahead, _load_acquire(words, 0) - slots + slots // OVERTAKEN_SHARE)
+            ahead = min(head, ahead)
         lost += ahead - cursor
         cursor = ahead
     return found, lost, cursor

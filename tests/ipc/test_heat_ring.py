@@ -135,12 +135,12 @@ def test_a_follower_loses_nothing_that_was_gone_before_it_came():
 
 
 def test_a_record_that_is_being_written_is_lost_and_the_others_are_whole():
-    memory = body(1, 2, 3)
-    writer, reader = HeatRing(memory, 1, 2, 3), HeatRing(memory, 1, 2, 3)
-    for index in range(3):
+    memory = body(1, 2, 8)
+    writer, reader = HeatRing(memory, 1, 2, 8), HeatRing(memory, 1, 2, 8)
+    for index in range(8):
         push(writer, index, 1, 2)
-    memory[ALIGNMENT : ALIGNMENT + 8].view("<i8")[0] = 2 * 3 + 1  # record 3 over record 0
-    assert check(reader.read(), 1, 2) == [1, 2]
+    memory[ALIGNMENT : ALIGNMENT + 8].view("<i8")[0] = 2 * 8 + 1  # record 8 over record 0
+    assert check(reader.read(), 1, 2) == [1, 2, 3, 4, 5, 6, 7]
     assert reader.lost == 1
     assert check(reader.read(), 1, 2) == []
     assert reader.lost == 1
