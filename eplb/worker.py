@@ -107,6 +107,7 @@ class Worker:
         self._tokens = 0
         self._in_forward = False
         self._last_step_ns = 0
+        self._late = (0, 0)
         self.refused = ""
         self._started = False
         self._segment: RankSegment | None = None
@@ -160,8 +161,10 @@ class Worker:
         assert self._segment is not None
         status = self._segment.status
         status[Field.STEP] = self._step
-        status[Field.HEAT_MERGED] = self._collector.merged
-        status[Field.HEAT_DROPPED] = self._collector.dropped
+        late = self._collector.merged, self._collector.dropped
+        if late != self._late:
+            self._late = late
+            status[Field.HEAT_MERGED], status[Field.HEAT_DROPPED] = late
         if self._bell is not None and (committed or self._step % self._config.episode_steps == 0):
             self._bell.ring()
             assert self._watch is not None
