@@ -181,10 +181,11 @@ class HeatRing:
         self._cursor = max(0, int(self._words[0]) - self.slots)
 
     def read(self, most: int = 64) -> HeatRecords:
-        """Reader: some of the records since the last call, none only if there are none.
+        """Reader: records since the last call.
 
         `most` at most, and of large ones as many as memory is at hand for without page faults.
-        `lost` counts those that were overwritten before they could be read.
+        `lost` counts those that were overwritten before they could be read; where that befell all
+        of these, none is returned although later ones may stand.
         """
         there = load_acquire(self._words, 0) - self._cursor
         if there < 0:  # no writer takes records back: what was read as the head was none

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 
 from .liveness import SegmentError
 
@@ -65,14 +66,14 @@ def check_files(more: int, what: str) -> None:
     Raises:
         LimitError: what is needed, what is left, and the limit.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    used = len(os.listdir("/proc/self/fd")) - 1  # one of them was for this look
-    if limit == resource.RLIM_INFINITY or used + more <= limit:
+    left = _files_left()
+    if more <= left:
         return
-    left, enough = max(0, limit - used), 2 * (used + more)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = limit - left
     raise LimitError(
         f"{what} opens {more} files and may open {left} (RLIMIT_NOFILE is {limit}, {used} are "
-        f"open); raise it with `ulimit -n {enough}`"
+        f"open); raise it with `ulimit -n {2 * (used + more)}`"
     )
 
 
@@ -112,12 +113,13 @@ def _errno(error: Exception) -> int | None:
 
 
 def _files_left() -> int:
+    """Files that this process may still open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
-        return 1
+        return sys.maxsize
     try:
-        return limit - len(os.listdir("/proc/self/fd")) + 1
-    except OSError:  # not even one more for this look
+        return max(0, limit - len(os.listdir("/proc/self/fd")) + 1)  # one was for this look
+    except OSError:  # not even one more for it
         return 0
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from .routing import logical_to_physical
 
@@ -183,10 +182,3 @@ class MoeEngine:
         options = (arriving.tolist(), leaving.tolist())
         self._group.alltoall_base(out, rows.contiguous(), *options).wait()
         return out
-
-
-def gloo_group(store: dist.Store, rank: int, ranks: int, seconds: float = 60.0) -> Any:
-    """A gloo process group of the engine's ranks over `store`."""
-    from datetime import timedelta
-
-    return dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=seconds))

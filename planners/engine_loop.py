@@ -29,7 +29,7 @@ _QUIET_SECONDS = 60.0
 class Pace:
     """When the planner looks and plans: steps of an episode, episodes of the window, episodes
     before the first plan and between two plans, steps after which a plan is given up, and which
-    steps count, one of `step_heat.PHASES`."""
+    steps count (`phase` of `step_heat.group_heat`)."""
 
     episode_steps: int
     window_episodes: int

@@ -100,16 +100,11 @@ class Group:
         """Records that a ring's writer overwrote before they were read."""
         return sum(rank.heat.lost for rank in self._counting)
 
-    @property
-    def unmatched(self) -> int:
-        """Steps left out because a rank lost them, or counted them under another epoch."""
-        return self._matcher.unmatched
-
     def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.
 
         Args:
-            phase: one of `PHASES`; steps of another phase are left out, and dummy steps.
+            phase: as of `group_heat`; steps of another phase are left out, and dummy steps.
         """
         for number, rank in enumerate(self._counting):
             while len((records := rank.heat.read()).steps):

@@ -14,9 +14,6 @@ from ..ipc.flags import FLAG_DECODE, FLAG_DUMMY, FLAG_PREFILL
 from ..ipc.heat_ring import HeatRecords
 from ..ipc.shape import GroupShape
 
-PHASES = ("all", "prefill", "decode")
-"""Steps whose heat may count: all, those that run prompt tokens, or those that run none."""
-
 
 class StepHeat(NamedTuple):
     """The group's heat in the `span` steps up to `step`: int64 [layers, P], under one epoch."""
@@ -108,8 +105,9 @@ def group_heat(parts: list[Part], shape: GroupShape, phase: str) -> StepHeat | N
     Args:
         parts: of the ranks that count.
         shape: of the group; its `layout` tells how the ranks' heat is put together.
-        phase: one of `PHASES`. Where each rank counts its own batch, the ranks in that phase
-            count; where it counts what arrived from all batches, all do if the step has the phase.
+        phase: "all", "prefill" (steps that run prompt tokens) or "decode" (the others). Where each
+            rank counts its own batch, the ranks in that phase count; where it counts what arrived
+            from all batches, all do if the step has the phase.
     """
     first = parts[0]
     if shape.counts_own_slots:
