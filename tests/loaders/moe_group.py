@@ -182,11 +182,13 @@ def main() -> None:
     session, (plans, rows, moves, seed) = sys.argv[1], map(int, sys.argv[2:])
     context = multiprocessing.get_context("fork")
     stop, results = context.Event(), context.SimpleQueue()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = context.Value("i", 0)
 
     def one(rank: int) -> None:
+        while not port.value:
+            time.sleep(0.01)
         try:
-            results.put(Rank(rank, store.port, session, rows, stop, seed).run())
+            results.put(Rank(rank, port.value, session, rows, stop, seed).run())
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -194,6 +196,9 @@ def main() -> None:
     processes = [context.Process(target=one, args=(rank,)) for rank in range(SHAPE.ranks)]
     for process in processes:
         process.start()
+    # Not before: the store has a thread, and a process with threads must not be forked.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.value = store.port
     try:
         figures = drive(session, plans, rows, moves, seed)
         stop.set()
