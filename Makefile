@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc clean
+.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc bench-loader clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -42,6 +42,9 @@ bench-planner: $(BENCH_READY)
 
 bench-ipc: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.ipc $(ARGS)
+
+bench-loader: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.loader $(ARGS)
 
 $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

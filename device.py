@@ -1,8 +1,9 @@
-"""What differs between the devices on which vLLM counts heat: pinned memory and events."""
+"""What differs between the devices on which vLLM runs: pinned memory, events and side streams."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
@@ -17,8 +18,21 @@ class Event(Protocol):
         """Whether the device has come past the mark; never waits."""
 
 
+class SideStream(Protocol):
+    """A queue of work on a device, beside the one on which the engine computes."""
+
+    def use(self) -> AbstractContextManager[Any]:
+        """Within it, what this thread issues goes here."""
+
+    def after(self, event: Event) -> None:
+        """What follows here waits, on the device, for `event`."""
+
+    def finish(self) -> None:
+        """Wait until all that was issued here is done."""
+
+
 class Device(Protocol):
-    """A device as the collector uses it.
+    """A device as the collector and the stager use it.
 
     Attributes:
         is_host: its tensors lie in the host's memory and are complete when a call returns.
@@ -34,6 +48,9 @@ class Device(Protocol):
 
     def event(self) -> Event:
         """A new event."""
+
+    def side_stream(self) -> SideStream:
+        """A new stream; called by the thread that will use it."""
 
 
 class Host:
@@ -53,14 +70,30 @@ class Host:
         """Never asked for: who copies at once has nothing to wait for."""
         raise NotImplementedError("copies on the host are complete when they return")
 
+    def side_stream(self) -> SideStream:
+        """A thread is all that it takes."""
+        return _HostStream()
+
+
+class _HostStream:
+    def use(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def after(self, event: Event) -> None:
+        raise NotImplementedError("the host has no events")
+
+    def finish(self) -> None:
+        return
+
 
 class Accelerator:
     """A device with streams: `kind` is "cuda" or "npu". Work goes to its current stream."""
 
     is_host = False
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, index: int | None = None):
         self._module = getattr(torch, kind)
+        self._index = index
 
     def pinned(self, layers: int, columns: int) -> torch.Tensor:
         """See `Device`."""
@@ -74,6 +107,27 @@ class Accelerator:
         """See `Device`."""
         return self._module.Event()
 
+    def side_stream(self) -> SideStream:
+        """See `Device`."""
+        if self._index is not None:
+            self._module.set_device(self._index)  # a thread begins with device 0
+        return _Stream(self._module)
+
+
+class _Stream:
+    def __init__(self, module: Any):
+        self._module = module
+        self._stream = module.Stream()
+
+    def use(self) -> AbstractContextManager[Any]:
+        return self._module.stream(self._stream)
+
+    def after(self, event: Event) -> None:
+        self._stream.wait_event(event)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
 
 def device_of(tensor: torch.Tensor) -> Device:
     """The device that `tensor` lies on.
@@ -85,5 +139,5 @@ def device_of(tensor: torch.Tensor) -> Device:
     if kind == "cpu":
         return Host()
     if kind not in ("cuda", "npu"):
-        raise ValueError(f"heat lies on a {kind} device; cpu, cuda and npu are known")
-    return Accelerator(kind)
+        raise ValueError(f"a tensor lies on a {kind} device; cpu, cuda and npu are known")
+    return Accelerator(kind, tensor.device.index)

@@ -75,8 +75,8 @@ def planner(
     options = _options(config, choice)
 
     def make_policy(ranks: int, slots: int) -> Policy:
-        # A group runs on one host for now, so all of its ranks share a node.
-        return choice.make(ranks, slots, ranks, **options)
+        near = min(config.ranks_per_node or ranks, ranks)
+        return choice.make(ranks, slots, near, **options)
 
     pace = Pace(
         episode_steps=config.episode_steps,
@@ -89,7 +89,8 @@ def planner(
     try:
         log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
         compile_kernels(choice)
-        _run(lambda: Planner(config.session, make_policy, pace, exit_with_engine))
+        per_node = config.ranks_per_node or None
+        _run(lambda: Planner(config.session, make_policy, pace, exit_with_engine, per_node))
     except SegmentError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(1) from None

@@ -66,6 +66,12 @@ class Config(BaseSettings):
     planner_threads: int = Field(
         1, ge=1, le=256, description="threads that FlashLB spreads layers over"
     )
+    ranks_per_node: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="consecutive ranks that share a node, asked for experts first; 0: all ranks",
+    )
     staging_rows: int = Field(
         8, ge=1, le=4096, description="experts on their way to a rank at once"
     )
@@ -76,7 +82,18 @@ class Config(BaseSettings):
     transfer_timeout: float = Field(
         60.0, gt=0, le=3600, description="seconds after which a transfer fails"
     )
+    transport: str = Field(
+        "auto",
+        pattern="^(auto|gloo|nccl|hccl|engine)$",
+        description="how experts travel: auto, gloo, nccl, hccl or engine (vLLM's communicator)",
+    )
     verify: bool = Field(True, description="check each expert's digest before and after its way")
+    patrol_steps: int = Field(
+        64,
+        ge=0,
+        le=10**6,
+        description="steps from one live expert whose digest is checked to the next; 0: never",
+    )
     ring_steps: int = Field(256, ge=8, le=65536, description="steps that the heat ring holds")
     log_level: str = Field(
         "INFO",
@@ -125,6 +142,8 @@ def allowed(name: str) -> str:
         return "all, prefill or decode"
     if name == "routing":
         return "uniform or weighted"
+    if name == "transport":
+        return "auto, gloo, nccl, hccl or engine"
     if name == "effort":
         return "fast, balanced or thorough"
     if name == "policy":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
+
+from .derived import left_behind
 
 
 def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: bool) -> str:
@@ -67,35 +67,12 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                         f"{tuple(tensor.shape)} and stride {tensor.stride()}, which cannot be "
                         f"moved row by row ({physical // ranks} slots)"
                     )
+        for number, layer in enumerate(getattr(state.model, "moe_layers", ())):
+            held = getattr(layer, "routed_experts", layer)
+            moved = list(state.model.expert_weights[number])
+            if name := left_behind(held, moved, physical // ranks):
+                return (
+                    f"{state.model_name}: {name} of MoE layer {number} has a row for each expert "
+                    "and vLLM does not hand it out: it would stay behind when experts move"
+                )
     return ""
-
-
-RELOADS = ("reload_weights", "start_weight_update", "update_weights")
-"""Methods of vLLM's worker that write weights by the initial placement."""
-
-
-def guard_reloads(worker_class: type, have_moved: Callable[[], bool]) -> None:
-    """Let `worker_class` refuse to write weights once experts have moved.
-
-    vLLM's loader would put them where the experts were at the start: wrong tokens, and no error.
-    """
-    for name in RELOADS:
-        original = getattr(worker_class, name, None)
-        if original is None or hasattr(original, "_flash_eplb"):
-            continue
-        setattr(worker_class, name, _guarded(original, have_moved))
-
-
-def _guarded(original: Callable[..., Any], have_moved: Callable[[], bool]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if have_moved():
-            raise RuntimeError(
-                f"{original.__name__}: flash_eplb has moved experts since the start, and vLLM "
-                "writes weights by the initial placement; restart the engine, or run it with "
-                "EPLB_ENABLED=0, to change its weights"
-            )
-        return original(*args, **kwargs)
-
-    guarded._flash_eplb = True  # type: ignore[attr-defined]
-    return guarded

@@ -22,7 +22,8 @@ from vllm.distributed.parallel_state import get_ep_group
 
 from .config import Config
 from .phases import phase_of, show_batches
-from .support import guard_reloads, unsupported_mode, unsupported_model
+from .support import unsupported_mode, unsupported_model
+from .updates import follow_updates
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -88,7 +89,8 @@ class FlashEplbState(EplbState):
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
         from ..loaders.vllm_engine import VllmEngine
-        from .worker import Group, Worker
+        from .group import Group
+        from .worker import Worker
 
         engine = VllmEngine(states, ranks)
         tensor_parallel = self.parallel_config.tensor_parallel_size
@@ -113,8 +115,16 @@ def is_worker() -> bool:
     return bool(_states)
 
 
-def _have_moved() -> bool:
-    return any(state.worker is not None and state.worker.epoch > 0 for state in _states)
+def _begin_update() -> None:
+    for state in _states:
+        if state.worker is not None:
+            state.worker.begin_update()
+
+
+def _end_update() -> None:
+    for state in _states:
+        if state.worker is not None:
+            state.worker.end_update()
 
 
 def install(config: Config) -> None:
@@ -144,7 +154,7 @@ def install(config: Config) -> None:
         state.config = config
         _states.append(state)
         if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
-            guard_reloads(module.Worker, _have_moved)
+            follow_updates(module.Worker, _begin_update, _end_update)
         if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
             show_batches(module.GPUModelRunner)
         return state

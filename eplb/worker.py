@@ -11,13 +11,8 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any
-
-import numpy as np
-import torch.distributed as dist
 
 from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
@@ -32,43 +27,19 @@ from ..ipc.shape import GroupShape, ModelShape
 from ..ipc.status import Field
 from ..loaders.engine import Engine
 from ..loaders.loader import Loader
+from ..loaders.patrol import Patrol
 from ..loaders.stager import Stager
 from ..loaders.stager_pool import StagerPool
-from ..loaders.staging import Staging, digests, row_bytes
-from ..loaders.transport import Transport
+from ..loaders.staging import Staging, row_bytes
+from ..loaders.transports import choose_transport, communicator_name, make_transport
 from ..loaders.vote import Vote
 from .config import Config
+from .group import Group, UnsupportedError
 from .planner_watch import PlannerWatch
+from .reference import take_reference
+from .weight_update import WeightUpdate
 
 log = logging.getLogger("flash_eplb.worker")
-
-
-class UnsupportedError(Exception):
-    """This group cannot be balanced; the text names the reason. Equal on all ranks."""
-
-
-@dataclass
-class Group:
-    """The EP group as an engine gives it to us.
-
-    Attributes:
-        rank, ranks: of this process in the group.
-        cpu_group: process group of the EP ranks on the CPU, for votes and for the start.
-        store: a store that all ranks share, for our own connections.
-        counting: EP ranks whose heat adds up to the group's (`GroupShape.counting`).
-    """
-
-    rank: int
-    ranks: int
-    cpu_group: dist.ProcessGroup
-    store: dist.Store
-    counting: tuple[int, ...]
-
-    def gather(self, item: Any) -> list[Any]:
-        """`item` of every rank, in the order of the ranks."""
-        items: list[Any] = [None] * self.ranks
-        dist.all_gather_object(items, item, group=self.cpu_group)
-        return items
 
 
 class Worker:
@@ -180,27 +151,25 @@ class Worker:
         """At the first step of all ranks: agree to balance, or not to; equal on all ranks."""
         self._started = True
         try:
-            reference, generation = self._agree()
+            generation = self._agree()
+            self._reference = take_reference(self._group, self._engine, self._shape.experts)
             Finalize(None, self.close, exitpriority=100)
-            self._together(self._check_limits)
-            self._together(lambda: self._open_names(generation))
-            self._together(lambda: _find(self._config.session, generation))
-            self._together(lambda: self._build(reference))
+            self._group.together(self._check_limits)
+            self._group.together(lambda: self._open_names(generation))
+            self._group.together(lambda: _find(self._config.session, generation))
+            self._group.together(self._build)
         except UnsupportedError as error:
             self.refused = str(error)
             self.close()
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", error)
 
-    def _agree(self) -> tuple[np.ndarray | None, int]:
-        """Digests of all experts (None without EPLB_VERIFY) and the number of this group."""
-        found: list[list[int]] = []
-        self._together(lambda: found.extend(digests(self._engine.weights)))
+    def _agree(self) -> int:
+        """That all ranks are set alike; returns the number of this group."""
         mine = {
             "host": socket.gethostname(),
             "boot": _boot_id(),
             "shape": self._shape,
             "config": self._config.model_dump(exclude={"log_level"}),
-            "digests": np.array(found, dtype=np.int64),
             "generation": secrets.randbits(62) | 1,
         }
         everyone = self._group.gather(mine)
@@ -216,9 +185,7 @@ class Worker:
                         f"EP rank {rank} and EP rank 0 differ in their {what}: "
                         f"{_difference(theirs[what], everyone[0][what])}"
                     )
-        slots = np.stack([theirs["digests"] for theirs in everyone], axis=1)
-        reference = reference_digests(slots, self._engine.placement, self._shape.experts)
-        return (reference if self._config.verify else None), everyone[0]["generation"]
+        return everyone[0]["generation"]
 
     def _check_limits(self) -> None:
         """Before anything is made, so that the text speaks of the whole group."""
@@ -241,60 +208,84 @@ class Worker:
         if rank == 0:
             self._bell = Doorbell.create(bell_name(session))
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Run `action` on every rank; UnsupportedError everywhere if it fails on one.
-
-        A rank that fails alone would leave the others waiting for its votes.
-        """
-        reason = ""
-        try:
-            action()
-        except SegmentError as error:
-            reason = str(error)
-        except Exception as error:
-            log.exception("EP rank %d cannot be balanced", self._group.rank)
-            reason = f"{type(error).__name__}: {error}"
-        for rank, theirs in enumerate(self._group.gather(reason)):
-            if theirs:
-                raise UnsupportedError(f"EP rank {rank}: {theirs}")
-
-    def _build(self, reference: np.ndarray | None) -> None:
+    def _build(self) -> None:
         assert self._segment is not None
-        config, group, engine = self._config, self._group, self._engine
-        staging = Staging(engine.weights, config.staging_rows)
-        rank, ranks = group.rank, group.ranks
+        config, group, engine, shape = self._config, self._group, self._engine, self._shape
+        reference = self._reference if config.verify else None
+        staging = Staging(engine.weights, config.staging_rows, engine.buffer)
+        kind = self._transport(staging)
 
         def make_stager() -> Stager:
             # A store of its own: one that hangs in a wait lets nobody else through.
             store = group.store.clone()  # type: ignore[attr-defined]
-            transport = Transport(store, rank, ranks, config.transfer_timeout)
-            return Stager(engine.weights, staging, transport, rank, reference)
+            transport = make_transport(
+                kind, engine, store, group.rank, group.ranks, config.transfer_timeout
+            )
+            return Stager(engine.weights, staging, transport, group.rank, reference)
 
         self._collector = HeatCollector(self._segment.heat, engine.loads)
         self._loader = Loader(
             engine,
             self._segment,
             Vote(group.cpu_group, group.rank),
-            StagerPool(make_stager, rank, config.staging_rows),
-            staging,
+            StagerPool(make_stager, group.rank, config.staging_rows),
+            Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
             config.plan_timeout_steps,
+        )
+        self._update = WeightUpdate(
+            group, self._loader, self._redigest, config.vote_steps, config.transfer_timeout
         )
         self._segment.publish()
         if group.rank == 0:
             self._watch = PlannerWatch(config)
-            shape = self._shape
-            log.info(
-                "flash_eplb balances session %r: %d layers, %d experts in %d slots on %d EP "
-                "ranks; per rank %.1f MiB shared memory, %.1f MiB staging; transport gloo",
-                config.session,
-                shape.layers,
-                shape.experts,
-                shape.columns,
-                shape.ranks,
-                segment_bytes(shape) / 2**20,
-                staging.nbytes / 2**20,
-            )
+            self._announce(staging, kind)
+
+    def _transport(self, staging: Staging) -> str:
+        engine = self._engine
+        return choose_transport(
+            self._config.transport,
+            engine.weights[0][0].device.type,
+            communicator_name(engine),
+            staging.borrowed == self._config.staging_rows,
+        )
+
+    def _announce(self, staging: Staging, transport: str) -> None:
+        shape = self._shape
+        borrowed = f" and {staging.borrowed} of the engine's buffer" if staging.borrowed else ""
+        own = "the engine's " + communicator_name(self._engine)
+        log.info(
+            "flash_eplb balances session %r: %d layers, %d experts in %d slots on %d EP ranks; "
+            "per rank %.1f MiB shared memory, %d staging rows of %.1f MiB in all%s; transport %s",
+            self._config.session,
+            shape.layers,
+            shape.experts,
+            shape.columns,
+            shape.ranks,
+            segment_bytes(shape) / 2**20,
+            shape.staging_rows - staging.borrowed,
+            staging.nbytes / 2**20,
+            borrowed,
+            own if transport == "engine" else transport,
+        )
+
+    def _redigest(self) -> None:
+        """The weights are new: so are the digests that prove them."""
+        self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
+
+    def begin_update(self) -> None:
+        """The engine is about to write weights, on all ranks: experts go back to where it writes.
+
+        Raises:
+            RuntimeError: they cannot; the engine must not write.
+        """
+        if self._started and not self.refused:
+            self._update.begin(self._step)
+
+    def end_update(self) -> None:
+        """The engine has written weights, on all ranks: prove them and balance on."""
+        if self._started and not self.refused:
+            self._update.end(self._step)
 
     def close(self) -> None:
         """Remove what this rank owns and end what it started."""
@@ -307,36 +298,6 @@ class Worker:
         if self._segment is not None:
             self._segment.close()
             self._segment = None
-
-
-def reference_digests(found: np.ndarray, placement: np.ndarray, experts: int) -> np.ndarray:
-    """One digest per (layer, expert), if all its replicas agree.
-
-    Args:
-        found: int64 [layers, ranks, slots], the digest of each slot.
-        placement: int [layers, ranks, slots].
-        experts: logical experts per layer.
-
-    Returns:
-        int64 [layers, experts].
-
-    Raises:
-        UnsupportedError: replicas whose weights differ; names the first.
-    """
-    layers, ranks, slots = placement.shape
-    reference = np.full((layers, experts), -1, dtype=np.int64)
-    for layer in range(layers):
-        for rank in range(ranks):
-            for slot in range(slots):
-                expert = placement[layer, rank, slot]
-                digest = found[layer, rank, slot]
-                if reference[layer, expert] not in (-1, digest):
-                    raise UnsupportedError(
-                        f"layer {layer} expert {expert}: the replica on rank {rank} slot {slot} "
-                        "has other weights than the first (load_format=dummy makes such replicas)"
-                    )
-                reference[layer, expert] = digest
-    return reference
 
 
 def _find(session: str, generation: int) -> None:

@@ -61,6 +61,7 @@ class Field(IntEnum):
     HEAT_MERGED = 13
     HEAT_DROPPED = 14
     QUARANTINED_ROWS = 15
+    DAMAGED = 16
 
 
 class StatusBlock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,18 @@ class Engine(Protocol):
             scales, biases. The loader reads them while transfers run and writes whole rows at a
             commit, between two steps.
         placement: int32 [layers, ranks, slots], the engine's placement at the start.
+        buffer: tensors [n, ...] for n experts of a layer, which the engine has allocated and leaves
+            to the loader; empty if there are none.
+        communicators: per layer, the engine's own object that moves experts (vLLM's
+            `EplbCommunicator`) and the layer's number there; empty if there is none.
         loads: per model, int32 [layers of the model, ranks * slots]: this step's heat, counted by
             the engine on its device and set to zero by the collector.
     """
 
     weights: list[list[torch.Tensor]]
     placement: np.ndarray
+    buffer: list[torch.Tensor]
+    communicators: list[tuple[Any, int]]
     loads: list[torch.Tensor]
 
     def commit_placement(

@@ -10,6 +10,9 @@ What is decided here alone is only what goes into the ballot: which round waits 
 queue, and whether the stager is done. A stager that is still busy with an aborted round keeps its
 rows, in which a late receive may land; another stager with connections of its own takes its place,
 and a round for which the rows that are left do not suffice waits.
+
+While the engine's weights are updated (`hold`) the planner's rounds are dropped, and the only ones
+that start are those that bring the experts back to where the engine's loader writes them.
 """
 
 from __future__ import annotations
@@ -20,18 +23,23 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from ..ipc.rank_segment import RankSegment
 from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
 from ..ipc.status import Field, State
 from .engine import Engine
-from .stager import my_rows
+from .patrol import Patrol
+from .stager import Result, my_rows
 from .stager_pool import StagerPool
-from .staging import Staging
-from .vote import Ballot, Outcome, Vote
+from .staging import reorder_slots
+from .vote import Ballot, Outcome, Vote, reason_to_stop
 
 log = logging.getLogger("flash_eplb.loader")
 T = TypeVar("T")
+
+HOME = 0
+"""Generation of the rounds that bring experts back; no planner has it."""
 
 
 class Pending(NamedTuple):
@@ -48,7 +56,8 @@ class Loader:
         engine: whose weights and maps change.
         segment: this rank's segment.
         vote: over all ranks of the group.
-        stagers: fetch rows into `staging`.
+        stagers: fetch rows.
+        patrol: live experts to look at while no round is under way.
         vote_steps: steps between two votes, equal on all ranks.
         timeout_steps: steps after which a round that is not staged fails.
     """
@@ -59,7 +68,7 @@ class Loader:
         segment: RankSegment,
         vote: Vote,
         stagers: StagerPool,
-        staging: Staging,
+        patrol: Patrol,
         vote_steps: int,
         timeout_steps: int,
     ):
@@ -71,10 +80,12 @@ class Loader:
         self._board = segment.board
         self._vote = vote
         self._stagers = stagers
-        self._staging = staging
+        self._patrol = patrol
         self._vote_steps = vote_steps
         self._timeout_steps = timeout_steps
         self._pending: deque[Pending] = deque()
+        self._home: deque[Pending] = deque()
+        self._held = False
         self._void = (0, 0)
         self._voted: Pending | None = None
         self._active: Pending | None = None
@@ -106,13 +117,61 @@ class Loader:
         try:
             outcome = self._vote.consume()
         except RuntimeError as error:
-            self._stop(f"the vote failed: {error}")
+            self.stop(f"the vote failed: {error}")
             return False
         committed = outcome is not None and self._act(outcome)
         if not self.stopped:
             self._voted = self._guard(self._candidate)
             self._vote.issue(self._ballot())
+            self._guard(self._look)
         return committed
+
+    def hold(self, home: list[bytes] | None = None) -> None:
+        """Start no round of the planner's until `release`, and give up the one under way.
+
+        Args:
+            home: rounds to be carried out meanwhile, in order, equal on all ranks; they follow on
+                the epoch of now.
+        """
+        self._held = True
+        self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
+
+    def reorder(self, placement: np.ndarray) -> None:
+        """Give experts other slots on the ranks where they are: all ranks, at the same step.
+
+        Args:
+            placement: int32 [layers, ranks, slots], with the experts of now on every rank.
+        """
+        layers = np.flatnonzero((placement != self.placement).any(axis=(1, 2)))
+        for layer in layers:
+            ours = self.placement[layer, self._rank], placement[layer, self._rank]
+            reorder_slots(self._engine.weights[layer], *ours)
+        self._engine.commit_placement(layers, placement, None)
+        self.placement = placement.copy()
+        self._turn_epoch()
+
+    def release(self) -> None:
+        """The weights are those of `placement` again: all ranks call it at the same step.
+
+        Whatever the planner has sent so far was made for an epoch that has passed.
+        """
+        self._turn_epoch()
+        self._held = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no round is under way and none waits that `hold` was given."""
+        return self._active is None and not self._home
+
+    @property
+    def is_staging(self) -> bool:
+        """Whether a round is under way and the stager has not answered."""
+        return self._active is not None and self._stagers.result is None
+
+    @property
+    def free_rows(self) -> int:
+        """Staging rows that no stager holds that hangs."""
+        return self._shape.staging_rows - self._stagers.quarantined
 
     def _guard(self, action: Callable[[], T]) -> T | None:
         """Run `action`; an error of ours stops balancing, by the next vote, and not inference."""
@@ -152,7 +211,7 @@ class Loader:
             self._status[Field.GENERATION] = generation
 
     def _tell(self, field: Field, round_: Round) -> None:
-        if round_.generation == self._status[Field.GENERATION]:
+        if round_.generation == self._status[Field.GENERATION] != HOME:
             self._status[field] = round_.sequence
 
     def _candidate(self) -> Pending | None:
@@ -160,6 +219,11 @@ class Loader:
         self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         if self._active is not None or self._stagers.busy:
             return None
+        while self._held and self._pending:
+            self._drop(self._pending.popleft())
+        if self._home:
+            self._after = check_round(self._home[0].round, self._shape, self.placement)
+            return self._home[0]
         while self._pending:
             head = self._pending[0]
             if head.round.generation != self._plans.generation or head.round.epoch != self.epoch:
@@ -172,6 +236,14 @@ class Loader:
                 self._pending.popleft()
                 self._refuse(str(error), head.round)
         return None
+
+    def _look(self) -> None:
+        """Hand the next live expert to a stager that has nothing else to do until the next vote."""
+        if self._voted or self._active or self._held or self._stagers.busy:
+            return
+        beat = self._patrol.next(self._step, self.placement[:, self._rank])
+        if beat is not None:
+            self._stagers.look(beat)
 
     def _drop_plan(self, round_: Round) -> None:
         """Drop what is left of the plan of `round_`, and what still comes of it.
@@ -197,26 +269,36 @@ class Loader:
 
     def _ballot(self) -> Ballot:
         staged = failed = False
+        latest = self._stagers.result
         if self._active is not None:
-            result = self._stagers.result
-            if result is not None and result.identity == self._active.identity:
+            result = self._result()
+            if result is not None:
                 staged, failed = not result.error, bool(result.error)
             elif self._step - self._active_since >= self._timeout_steps:
                 failed = True
+            # A rank that has voted staged may not fail it, and this one may have: so no answer
+            # takes back what an earlier vote said, and `hold` lets a staged round commit.
+            failed = failed or (self._held and not staged and self._active.round.generation != HOME)
         return Ballot(
             candidate=self._voted.identity if self._voted else 0,
             staged=staged,
             failed=failed,
+            changed=latest is not None and latest.changed,
             mismatch=self.mismatch,
             stopped=self._broken,
             epoch=self.epoch,
         )
 
+    def _result(self) -> Result | None:
+        """The stager's answer to the round under way; None if it has none yet."""
+        result, active = self._stagers.result, self._active
+        return result if result and active and result.identity == active.identity else None
+
     def _act(self, outcome: Outcome) -> bool:
         """What follows from a vote; the same on every rank."""
-        reason = _reason_to_stop(outcome)
+        reason = reason_to_stop(outcome)
         if reason:
-            self._stop(reason)
+            self.stop(reason)
         elif self._active is not None and outcome.failed_rank >= 0:
             self._abort(outcome.failed_rank)
         elif self._active is not None and outcome.staged:
@@ -230,8 +312,9 @@ class Loader:
         assert self._voted is not None
         self._active = self._voted
         self._active_since = self._step
-        if self._pending and self._pending[0] is self._active:
-            self._pending.popleft()
+        for waiting in (self._pending, self._home):
+            if waiting and waiting[0] is self._active:
+                waiting.popleft()
         self._status[Field.STATE] = State.STAGING
         moves = self._active.round.move_array()
         self._stagers.begin(self._active.identity, moves, self._transport_epoch)
@@ -240,28 +323,30 @@ class Loader:
         """Rows, then maps, then board: on all ranks between the same two steps."""
         assert self._active is not None
         moves = self._active.round.move_array()
-        for row, number in zip(self._stagers.rows, my_rows(moves, self._rank), strict=True):
-            move = moves[number]
-            self._staging.commit(row, int(move["layer"]), int(move["slot"]))
+        result = self._result()
+        assert result is not None
+        copy_rows(result.live, result.staged)
         layers = np.unique(moves["layer"])
         self._engine.commit_placement(layers, self._after, self._active.round.column_array())
         self.placement = self._after
-        self.epoch += 1
-        self._board.write(self.epoch, self.placement)
-        result = self._stagers.result
-        assert result is not None
+        self._turn_epoch()
         self._status.add(Field.MOVED_ROWS, len(my_rows(moves, self._rank)))
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
         self._tell(Field.COMMITTED_ROUND, self._active.round)
-        self._status[Field.EPOCH] = self.epoch
         self._status[Field.STATE] = State.IDLE
         self._active = None
+
+    def _turn_epoch(self) -> None:
+        self.epoch += 1
+        self._board.write(self.epoch, self.placement)
+        self._status[Field.EPOCH] = self.epoch
 
     def _abort(self, failed_rank: int) -> None:
         """Forget the round on all ranks; the next one uses fresh connections."""
         assert self._active is not None
         waited = self._step - self._active_since
+        self._count_damage()
         self._stagers.give_up()
         rows = self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         log.warning(
@@ -274,18 +359,25 @@ class Loader:
         self._transport_epoch += 1
         self._drop_active()
 
+    def _count_damage(self) -> None:
+        result = self._result()
+        if result is not None and result.damaged:
+            self._status.add(Field.DAMAGED)
+
     def _drop_active(self) -> None:
         assert self._active is not None
+        self._home.clear()
         self._status.add(Field.ABORTED)
         self._tell(Field.DROPPED_ROUND, self._active.round)
         self._drop_plan(self._active.round)
         self._status[Field.STATE] = State.IDLE
         self._active = None
 
-    def _stop(self, reason: str) -> None:
-        """Balance no more: every rank comes to this at the same step, with the same reason."""
+    def stop(self, reason: str) -> None:
+        """Balance no more: all ranks call this at the same step, for the same reason."""
         self.stopped = reason
         if self._active is not None:
+            self._count_damage()
             self._drop_active()
         self._status[Field.STATE] = State.STOPPED
         log.error(
@@ -297,6 +389,12 @@ class Loader:
         self._stagers.close()
 
 
+def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
+    """Write staged rows over live experts, in one call."""
+    if live:
+        torch._foreach_copy_(live, staged)
+
+
 def _plan(round_: Round) -> tuple[int, int]:
     return round_.generation, round_.plan
 
@@ -304,16 +402,3 @@ def _plan(round_: Round) -> tuple[int, int]:
 def _is_older(waiting: Round, new: Round) -> bool:
     """Whether `new` belongs to a later plan, or another planner, than `waiting`."""
     return waiting.generation != new.generation or waiting.plan < new.plan
-
-
-def _reason_to_stop(outcome: Outcome) -> str:
-    if outcome.mismatch_rank >= 0:
-        return (
-            f"EP rank {outcome.mismatch_rank} has run a forward pass without the step that "
-            "belongs to it, so the ranks no longer count the same steps"
-        )
-    if outcome.stopped_rank >= 0:
-        return f"EP rank {outcome.stopped_rank} has stopped balancing"
-    if outcome.diverged:
-        return "the ranks have committed different numbers of rounds"
-    return ""

@@ -111,6 +111,8 @@ class MoeEngine:
             ]
             for layer in range(shape.layers)
         ]
+        self.buffer: list[torch.Tensor] = []
+        self.communicators: list[tuple[Any, int]] = []
         self.loads = [torch.zeros((shape.layers, shape.ranks * shape.slots), dtype=torch.int32)]
         width = 1024
         self._table = torch.full((shape.layers, shape.experts, width), -1, dtype=torch.int64)

@@ -3,6 +3,8 @@
 The main thread hands it one round at a time and looks at `result`; while a round is under way, live
 weights are only read. Reference digests, one per (layer, expert), were taken from the weights at
 start and agreed on by all ranks; a row is checked against them at its source and on arrival.
+On a device all of it runs on a side stream, which begins after the engine's work so far and has
+ended when the result says so.
 """
 
 from __future__ import annotations
@@ -10,16 +12,26 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .staging import Staging, row_digest, slot_views
-from .transport import Transport
+from ..device import Event, device_of
+from .digest import row_digest
+from .patrol import Beat
+from .staging import Staging, slot_views
+from .transport import Parcel, Transport
 
 log = logging.getLogger("flash_eplb.loader")
+
+
+class DigestError(RuntimeError):
+    """An expert is not what it was when its digest was taken."""
+
+
+class ChangedError(DigestError):
+    """The live weights of an expert have changed, and not by us."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +43,37 @@ class Errand:
         moves: `MOVE` records of all ranks.
         transport_epoch: whose connections to use.
         rows: staging rows to fill, one for each move that arrives here, in their order.
+        beat: instead of all that, a live expert to be looked at.
     """
 
     identity: int
     moves: np.ndarray
     transport_epoch: int
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    beat: Beat | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """How an errand ended: `error` is empty if its rows are staged and proved."""
+    """How an errand ended.
+
+    Attributes:
+        identity: of the errand.
+        error: empty if its rows are staged and proved.
+        damaged: whether an expert had another digest than at the start.
+        changed: whether that was so in the live weights themselves.
+        received_bytes: from other ranks.
+        live, staged: the bytes of the slots to be written and of the rows that go there, in the
+            same order: what a commit copies.
+    """
 
     identity: int
     error: str = ""
+    damaged: bool = False
+    changed: bool = False
     received_bytes: int = 0
+    live: list[torch.Tensor] = field(default_factory=list)
+    staged: list[torch.Tensor] = field(default_factory=list)
 
 
 class Stager:
@@ -56,8 +84,8 @@ class Stager:
         staging: the rows to fill.
         transport: used by this thread only.
         rank: EP rank.
-        reference: int64 [layers, experts], digests; None to verify nothing.
-        prepare: called first in the thread (names the CUDA device, for instance).
+        reference: int64 [layers, experts], digests; None to verify nothing. Its owner may write
+            other digests into it while the stager is idle.
     """
 
     def __init__(
@@ -67,15 +95,14 @@ class Stager:
         transport: Transport,
         rank: int,
         reference: np.ndarray | None,
-        prepare: Callable[[], None] = lambda: None,
     ):
         self._weights = weights
         self._staging = staging
         self._transport = transport
         self._rank = rank
         self._reference = reference
-        self._prepare = prepare
-        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+        self._device = device_of(weights[0][0])
+        self._errands: queue.SimpleQueue[tuple[Errand, Event | None] | None] = queue.SimpleQueue()
         self.result: Result | None = None
         self.busy = False
         self._thread = threading.Thread(target=self._run, name="eplb-stager", daemon=True)
@@ -85,74 +112,124 @@ class Stager:
         """Main thread: hand over a round. The stager must not be busy."""
         assert not self.busy
         self.busy, self.result = True, None
-        self._errands.put(errand)
+        event = None if self._device.is_host else self._device.event()
+        if event is not None:
+            event.record()  # in the engine's stream: what it has issued so far comes first
+        self._errands.put((errand, event))
 
     def close(self) -> None:
         """Main thread: let the thread end after what it is doing."""
         self._errands.put(None)
 
     def _run(self) -> None:
-        self._prepare()
-        while (errand := self._errands.get()) is not None:
-            try:
-                received = self._stage(errand)
-                self.result = Result(errand.identity, received_bytes=received)
-            except Exception as error:  # whatever it is, the vote must hear of it
-                self._fail(errand, f"{type(error).__name__}: {error}")
-            self.busy = False
+        stream = self._device.side_stream()
+        with stream.use():
+            while (order := self._errands.get()) is not None:
+                errand, event = order
+                try:
+                    if event is not None:
+                        stream.after(event)
+                    result = self._stage(errand)
+                    stream.finish()
+                    self.result = result
+                except Exception as error:  # whatever it is, the vote must hear of it
+                    self._fail(errand, error)
+                self.busy = False
 
-    def _fail(self, errand: Errand, reason: str) -> None:
+    def _fail(self, errand: Errand, error: Exception) -> None:
         """Say why, then tell the main thread, then let the peers fail: in this order, or a peer's
         complaint about our connection would stand in the log for the reason."""
+        damaged = isinstance(error, DigestError)
+        reason = str(error) if damaged else f"{type(error).__name__}: {error}"
         what = "staging failed" if errand.identity else "no connection to the other ranks yet"
+        if errand.beat is not None:
+            what = "a live expert has changed"
         log.warning("EP rank %d: %s: %s", self._rank, what, reason)
-        self.result = Result(errand.identity, reason)
+        changed = isinstance(error, ChangedError)
+        self.result = Result(errand.identity, reason, damaged, changed)
         self._transport.disconnect()
 
-    def _stage(self, errand: Errand) -> int:
+    def _look(self, beat: Beat) -> None:
+        """ChangedError if the weights in a slot are not those of its expert at the start."""
+        assert self._reference is not None
+        found = row_digest(slot_views(self._weights[beat.layer], beat.slot))
+        expected = int(self._reference[beat.layer, beat.expert])
+        if found != expected:
+            raise ChangedError(
+                f"layer {beat.layer} expert {beat.expert} in slot {beat.slot}: digest "
+                f"{found:016x}, {expected:016x} at the start"
+            )
+
+    def _stage(self, errand: Errand) -> Result:
+        if errand.beat is not None:
+            self._look(errand.beat)
+            return Result(errand.identity)
         self._transport.connect(errand.transport_epoch)
+        moves, mine = errand.moves, my_rows(errand.moves, self._rank)
+        rows = [
+            self._staging.views(row, int(moves[number]["layer"]))
+            for row, number in zip(errand.rows, mine, strict=True)
+        ]
+        arriving: list[Parcel] = []
+        copied: list[Parcel] = []
+        for views, number in zip(rows, mine, strict=True):
+            peer = int(moves[number]["source_rank"])
+            (copied if peer == self._rank else arriving).append(
+                Parcel(number, *_expert(moves[number]), peer, views)
+            )
         leaving = [
-            (number, move)
-            for number, move in enumerate(errand.moves)
+            Parcel(number, *_expert(moves[number]), int(moves[number]["rank"]), self._proved(move))
+            for number, move in enumerate(moves)
             if move["source_rank"] == self._rank
         ]
-        arriving = [
-            (self._staging.views(row, int(errand.moves[number]["layer"])), number)
-            for row, number in zip(errand.rows, my_rows(errand.moves, self._rank), strict=True)
+        for parcel, source in _pairs(copied, leaving):
+            for target, view in zip(parcel.views, source.views, strict=True):
+                target.copy_(view)
+        self._transport.exchange(moves, [p for p in leaving if p.peer != self._rank], arriving)
+        for views, number in zip(rows, mine, strict=True):
+            self._check_arrival(views, moves[number])
+        live = [
+            view
+            for number in mine
+            for view in slot_views(
+                self._weights[int(moves[number]["layer"])], int(moves[number]["slot"])
+            )
         ]
-        for _, move in leaving:
-            self._verify(self._source(move), move, "at its source")
-        for number, move in leaving:
-            if move["rank"] != self._rank:
-                self._transport.send(self._source(move), int(move["rank"]), _tag(number))
-        received = 0
-        for views, number in arriving:
-            move = errand.moves[number]
-            if move["source_rank"] == self._rank:
-                for target, source in zip(views, self._source(move), strict=True):
-                    target.copy_(source)
-            else:
-                self._transport.receive(views, int(move["source_rank"]), _tag(number))
-                received += sum(view.numel() for view in views)
-        self._transport.wait()
-        for views, number in arriving:
-            self._verify(views, errand.moves[number], "on arrival")
-        return received
+        received = sum(view.numel() for parcel in arriving for view in parcel.views)
+        staged = [view for views in rows for view in views]
+        return Result(errand.identity, received_bytes=received, live=live, staged=staged)
 
     def _source(self, move: np.void) -> list[torch.Tensor]:
         return slot_views(self._weights[int(move["layer"])], int(move["source_slot"]))
 
-    def _verify(self, views: list[torch.Tensor], move: np.void, where: str) -> None:
-        if self._reference is None:
-            return
-        expected = int(self._reference[move["layer"], move["expert"]])
-        found = row_digest(views)
-        if found != expected:
-            raise RuntimeError(
-                f"layer {move['layer']} expert {move['expert']} from rank {move['source_rank']} "
-                f"slot {move['source_slot']} to rank {move['rank']}: digest {found:08x} {where}, "
-                f"{expected:08x} at start"
-            )
+    def _proved(self, move: np.void) -> list[torch.Tensor]:
+        """The bytes of the expert that leaves; DigestError unless they are those of the start."""
+        views = self._source(move)
+        if self._reference is not None:
+            found = row_digest(views)
+            if found != self._expected(move):
+                # Another expert's digest: we have read a wrong row. Any other: somebody wrote.
+                known = found in self._reference[move["layer"]]
+                kind = DigestError if known else ChangedError
+                raise kind(self._complaint(move, found, "at its source"))
+        return views
+
+    def _check_arrival(self, views: list[torch.Tensor], move: np.void) -> None:
+        if self._reference is not None:
+            found = row_digest(views)
+            if found != self._expected(move):
+                raise DigestError(self._complaint(move, found, "on arrival"))
+
+    def _expected(self, move: np.void) -> int:
+        assert self._reference is not None
+        return int(self._reference[move["layer"], move["expert"]])
+
+    def _complaint(self, move: np.void, found: int, where: str) -> str:
+        return (
+            f"layer {move['layer']} expert {move['expert']} from rank {move['source_rank']} "
+            f"slot {move['source_slot']} to rank {move['rank']}: digest {found:016x} {where}, "
+            f"{self._expected(move):016x} at the start"
+        )
 
 
 def my_rows(moves: np.ndarray, rank: int) -> list[int]:
@@ -160,6 +237,11 @@ def my_rows(moves: np.ndarray, rank: int) -> list[int]:
     return np.flatnonzero(moves["rank"] == rank).tolist()
 
 
-def _tag(number: int) -> int:
-    """First message tag of move `number`; an expert has far fewer than 64 tensors."""
-    return number * 64
+def _expert(move: np.void) -> tuple[int, int]:
+    return int(move["layer"]), int(move["expert"])
+
+
+def _pairs(copied: list[Parcel], leaving: list[Parcel]) -> list[tuple[Parcel, Parcel]]:
+    """What is copied within the rank, with the parcel that it is copied from."""
+    sources = {parcel.number: parcel for parcel in leaving}
+    return [(parcel, sources[parcel.number]) for parcel in copied]

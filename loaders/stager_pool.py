@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..ipc.placement import MOVE
+from .patrol import Beat
 from .stager import Errand, Result, Stager, my_rows
 
 log = logging.getLogger("flash_eplb.loader")
@@ -76,6 +77,11 @@ class StagerPool:
         """Hand over a round for which there is room. The stager at work must not be busy."""
         self._taken = self._free[: len(my_rows(moves, self._rank))]
         self._stager.begin(Errand(identity, moves, transport_epoch, tuple(self._taken)))
+
+    def look(self, beat: Beat) -> None:
+        """Look at a live expert; the answer's identity is 0. The stager must not be busy."""
+        self._taken = []
+        self._stager.begin(Errand(0, np.zeros(0, MOVE), 0, beat=beat))
 
     def give_up(self) -> None:
         """The errand is of no more use: if its stager is still at it, another takes its place."""

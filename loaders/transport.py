@@ -1,35 +1,47 @@
-"""Transport: experts from rank to rank over torch.distributed's point-to-point calls (gloo).
+"""Transports: how experts come from rank to rank, behind one small interface.
 
-The group is our own, built on a prefix of the engine's store that is used once. After a round that
+A transport belongs to the thread of one stager. Its connections are our own and never the engine's
+collectives': a group built on a prefix of the engine's store that is used once. After a round that
 failed a receive may still be under way, so the group is dropped and the next one gets a new prefix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+_MOST_TENSORS = 64  # of one expert; message tags of two moves lie that far apart
 
-class Transport:
-    """Point-to-point messages within an EP group; used by one thread only.
 
-    Args:
-        store: shared by all ranks of the group; no other thread waits on it.
-        rank, ranks: of the EP group.
-        timeout: seconds that a transfer may take before it fails.
+class Parcel(NamedTuple):
+    """One expert that leaves this rank, or arrives.
+
+    Attributes:
+        number: of the move within the round; equal on both ranks.
+        layer, expert: which.
+        peer: the rank at the other end.
+        views: its bytes, uint8 tensors of one dimension; cut alike on both ranks.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float):
-        self._store = store
-        self._rank = rank
-        self._ranks = ranks
-        self._timeout = timedelta(seconds=timeout)
-        self._group: Any = None
-        self._epoch = -1
-        self._pending: list[dist.Work] = []
+    number: int
+    layer: int
+    expert: int
+    peer: int
+    views: list[torch.Tensor]
+
+
+class Transport(Protocol):
+    """What a stager needs; used by one thread only."""
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        ...
 
     def connect(self, epoch: int) -> None:
         """Open connections between all ranks for transport epoch `epoch`; all ranks call it.
@@ -37,43 +49,201 @@ class Transport:
         Raises:
             RuntimeError: a rank did not come within the timeout.
         """
+        ...
+
+    def disconnect(self) -> None:
+        """Close the connections; what the other ranks still wait for fails there."""
+        ...
+
+    def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
+        """Send and receive; back when all has ended, so that no late receive writes into a row.
+
+        Args:
+            moves: `MOVE` records of the whole round, equal on all ranks.
+            leaving, arriving: of this rank, in the order of their numbers.
+
+        Raises:
+            RuntimeError: a transfer failed or timed out; the connections are of no more use.
+        """
+        ...
+
+
+class PeerToPeer:
+    """torch.distributed's send and recv: gloo, NCCL or HCCL.
+
+    With gloo, experts on a device go through the host's memory.
+
+    Args:
+        name: "gloo", "nccl" or "hccl".
+        store: shared by all ranks of the group; no other thread waits on it.
+        rank, ranks: of the EP group.
+        timeout: seconds that a transfer may take before it fails.
+    """
+
+    def __init__(self, name: str, store: dist.Store, rank: int, ranks: int, timeout: float):
+        self.name = name
+        self._store = store
+        self._rank = rank
+        self._ranks = ranks
+        self._timeout = timedelta(seconds=timeout)
+        self._group: Any = None
+        self._epoch = -1
+
+    def connect(self, epoch: int) -> None:
+        """See `Transport`."""
         if epoch == self._epoch:
             return
         self.disconnect()
         store = dist.PrefixStore(f"flash_eplb/transport/{epoch}", self._store)
-        group: Any = dist.ProcessGroupGloo(store, self._rank, self._ranks, self._timeout)
+        group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
         group.barrier().wait()
         self._group, self._epoch = group, epoch
 
     def disconnect(self) -> None:
-        """Close the connections; what the other ranks still wait for fails there at once."""
+        """See `Transport`: what the others still wait for fails there at once."""
         self._group, self._epoch = None, -1
-        self._pending = []
 
-    def send(self, views: list[torch.Tensor], rank: int, tag: int) -> None:
-        """Begin to send `views` to `rank`; they must not change until `wait` is back."""
+    def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
+        """See `Transport`."""
+        if not leaving and not arriving:
+            return
         assert self._group is not None
-        for offset, view in enumerate(views):
-            self._pending.append(self._group.send([view], rank, tag + offset))
+        if self.name == "gloo":
+            self._through_the_host(leaving, arriving)
+            return
+        device = (leaving or arriving)[0].views[0].device
+        self._group._start_coalescing(device)
+        self._begin(leaving, arriving)
+        _wait([self._group._end_coalescing(device)])
 
-    def receive(self, views: list[torch.Tensor], rank: int, tag: int) -> None:
-        """Begin to receive into `views` from `rank`."""
-        assert self._group is not None
-        for offset, view in enumerate(views):
-            self._pending.append(self._group.recv([view], rank, tag + offset))
+    def _through_the_host(self, leaving: list[Parcel], arriving: list[Parcel]) -> None:
+        """On the CPU there is nothing to copy."""
+        sent = [parcel._replace(views=[view.cpu() for view in parcel.views]) for parcel in leaving]
+        received = [
+            parcel._replace(
+                views=[
+                    view if view.is_cpu else torch.empty_like(view, device="cpu")
+                    for view in parcel.views
+                ]
+            )
+            for parcel in arriving
+        ]
+        _wait(self._begin(sent, received))
+        for target, source in zip(arriving, received, strict=True):
+            for view, host in zip(target.views, source.views, strict=True):
+                if view is not host:
+                    view.copy_(host)
 
-    def wait(self) -> None:
-        """Wait until all that was begun has ended, so that no late receive writes into a row.
+    def _begin(self, leaving: list[Parcel], arriving: list[Parcel]) -> list[dist.Work]:
+        works = []
+        for call, parcels in ((self._group.send, leaving), (self._group.recv, arriving)):
+            for parcel in parcels:
+                for offset, view in enumerate(parcel.views):
+                    tag = parcel.number * _MOST_TENSORS + offset
+                    works.append(call([view], parcel.peer, tag))
+        return works
 
-        Raises:
-            RuntimeError: a transfer failed or timed out; the group is of no more use.
-        """
-        pending, self._pending = self._pending, []
-        failure: RuntimeError | None = None
-        for work in pending:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+
+def _wait(works: list[dist.Work]) -> None:
+    """Wait for all, those after a failed one too; then raise the first failure."""
+    failure: RuntimeError | None = None
+    for work in works:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupGloo(store, rank, ranks, timeout)
+
+
+def _nccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, ranks, options)
+
+
+def _hccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+    from torch_npu._C._distributed_c10d import (  # type: ignore[import-not-found]
+        ProcessGroupHCCL,
+    )
+
+    options = ProcessGroupHCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupHCCL(store, rank, ranks, options)
+
+
+_GROUPS: dict[str, Callable[..., Any]] = {"gloo": _gloo, "nccl": _nccl, "hccl": _hccl}
+"""Process groups as torch builds them; nccl and hccl: not run."""
+
+
+class EngineCommunicator:
+    """The engine's own way to move experts: vLLM's EPLB communicators (nixl, staged gloo, NCCL).
+
+    They cannot be opened anew, so after the first round that failed `fallback` takes over, on all
+    ranks alike.
+
+    Args:
+        name: of the communicator, for the log.
+        layers: per layer of ours, the communicator that moves it and its number there. All ranks
+            name the same.
+        ranks, slots: of the EP group; slots per rank.
+        fallback: from transport epoch 1 on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: list[tuple[Any, int]],
+        ranks: int,
+        slots: int,
+        fallback: Transport,
+    ):
+        self._own_name = name
+        self._layers = layers
+        self._placement = (ranks, slots)
+        self._fallback = fallback
+        self._epoch = 0
+
+    @property
+    def name(self) -> str:
+        """The communicator's, or the fallback's once it has taken over."""
+        return self._fallback.name if self._epoch else self._own_name
+
+    def connect(self, epoch: int) -> None:
+        """See `Transport`; the engine has opened its connections before."""
+        self._epoch = max(epoch, self._epoch)
+        if self._epoch:
+            self._fallback.connect(epoch)
+
+    def disconnect(self) -> None:
+        """See `Transport`; the engine's communicator only ends with the group's own timeout."""
+        self._epoch = max(1, self._epoch)
+        self._fallback.disconnect()
+
+    def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
+        """See `Transport`; one layer after the other, on all ranks in the same order."""
+        if self._epoch:
+            self._fallback.exchange(moves, leaving, arriving)
+            return
+        for number in np.unique(moves["layer"]).tolist():
+            communicator, layer = self._layers[number]
+            held = self._held(moves[moves["layer"] == number])
+            communicator.set_transfer_context(held, layer)
+            for call, parcels in (
+                (communicator.add_send, leaving),
+                (communicator.add_recv, arriving),
+            ):
+                for parcel in parcels:
+                    if parcel.layer == number:
+                        call(parcel.views, parcel.peer, parcel.expert)
+            communicator.execute()
+
+    def _held(self, moves: np.ndarray) -> np.ndarray:
+        """int64 [ranks * slots]: the experts at the sources, -1 elsewhere."""
+        held = np.full(self._placement, -1, np.int64)
+        held[moves["source_rank"], moves["source_slot"]] = moves["expert"]
+        return held.ravel()

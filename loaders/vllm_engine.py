@@ -22,12 +22,19 @@ class VllmEngine:
         self.weights: list[list[torch.Tensor]] = [
             list(layer) for state in model_states for layer in state.model.expert_weights
         ]
+        # A model's buffer has the layout of its first layer; the largest model's serves best.
+        self.buffer: list[torch.Tensor] = max(
+            (list(getattr(state, "expert_buffer", None) or []) for state in model_states),
+            key=lambda buffer: sum(tensor.nbytes for tensor in buffer),
+        )
         self.loads: list[torch.Tensor] = [state.expert_load_pass for state in model_states]
         self._where = [
             (state, layer)
             for state in model_states
             for layer in range(state.physical_to_logical_map.shape[0])
         ]
+        moved = [(getattr(state, "communicator", None), layer) for state, layer in self._where]
+        self.communicators: list[tuple[Any, int]] = moved if all(c for c, _ in moved) else []
         maps = [state.physical_to_logical_map.cpu().numpy() for state in model_states]
         physical = np.concatenate(maps).astype(np.int32)
         self.placement = physical.reshape(len(physical), ranks, -1)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 log = logging.getLogger("flash_eplb.loader")
 
-_WORDS = 8
+_WORDS = 9
 _QUIET_SECONDS = 10.0
 
 
@@ -30,6 +30,7 @@ class Ballot:
         staged: whether the round under way stands in its staging rows, proved.
         failed: whether the round under way failed here.
         mismatch: whether its steps and its forward passes differ.
+        changed: whether live weights have changed under it.
         stopped: whether it has stopped balancing.
         epoch: rounds committed here.
     """
@@ -38,6 +39,7 @@ class Ballot:
     staged: bool = False
     failed: bool = False
     mismatch: bool = False
+    changed: bool = False
     stopped: bool = False
     epoch: int = 0
 
@@ -49,7 +51,7 @@ class Outcome:
     Attributes:
         start: identity of the round that all ranks would start; 0 unless all name the same.
         staged: whether all ranks have staged the round under way.
-        failed_rank, mismatch_rank, stopped_rank: the highest rank that said so.
+        failed_rank, mismatch_rank, changed_rank, stopped_rank: the highest rank that said so.
         diverged: whether the ranks have committed different numbers of rounds.
     """
 
@@ -57,6 +59,7 @@ class Outcome:
     staged: bool
     failed_rank: int
     mismatch_rank: int
+    changed_rank: int
     stopped_rank: int
     diverged: bool
 
@@ -70,6 +73,7 @@ def to_words(ballot: Ballot, rank: int) -> list[int]:
         int(ballot.staged),
         flag if ballot.failed else 0,
         flag if ballot.mismatch else 0,
+        flag if ballot.changed else 0,
         flag if ballot.stopped else 0,
         ballot.epoch,
         -ballot.epoch,
@@ -84,9 +88,30 @@ def to_outcome(words: list[int]) -> Outcome:
         staged=words[2] == 1,
         failed_rank=-words[3] - 1,
         mismatch_rank=-words[4] - 1,
-        stopped_rank=-words[5] - 1,
-        diverged=words[6] != -words[7],
+        changed_rank=-words[5] - 1,
+        stopped_rank=-words[6] - 1,
+        diverged=words[7] != -words[8],
     )
+
+
+def reason_to_stop(outcome: Outcome) -> str:
+    """Why all ranks stop balancing after this vote; empty if they go on."""
+    if outcome.mismatch_rank >= 0:
+        return (
+            f"EP rank {outcome.mismatch_rank} has run a forward pass without the step that "
+            "belongs to it, so the ranks no longer count the same steps"
+        )
+    if outcome.changed_rank >= 0:
+        return (
+            f"EP rank {outcome.changed_rank} holds an expert whose weights are not those of the "
+            "start: they were written in a way that flash_eplb does not see, and maybe into slots "
+            "that hold other experts by now (its log names the first); restart the engine"
+        )
+    if outcome.stopped_rank >= 0:
+        return f"EP rank {outcome.stopped_rank} has stopped balancing"
+    if outcome.diverged:
+        return "the ranks have committed different numbers of rounds"
+    return ""
 
 
 class Vote:

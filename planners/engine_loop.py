@@ -50,6 +50,8 @@ class EngineLoop:
         generation: of the planner, as it stands in the plan queues.
         executor: one thread.
         wake: called from that thread's completion, so that `turn` comes soon.
+        ranks_per_node: consecutive ranks that share a node, from which experts are taken first;
+            None if all do.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class EngineLoop:
         generation: int,
         executor: Executor,
         wake: Callable[[], None],
+        ranks_per_node: int | None = None,
     ):
         shape = group.shape
         self._group = group
-        self._guard = Guard(policy)
+        self._guard = Guard(policy, ranks_per_node)
         self._pace = pace
         self._generation = generation
         self._executor = executor
@@ -93,6 +96,7 @@ class EngineLoop:
             shape.ranks,
             shape.slots,
         )
+        _check_nodes(shape.ranks, ranks_per_node or shape.ranks)
 
     def turn(self) -> None:
         """Once per bell: take the heat, follow the plan under way, or begin the next one."""
@@ -213,7 +217,7 @@ class EngineLoop:
             self._plans,
             len(picked),
             self._group.shape.layers,
-            len(plan.moves),
+            sum(len(part.moves) for part in rounds),
             len(rounds),
             observed,
             plan.par_before[picked].mean(),
@@ -242,6 +246,19 @@ class EngineLoop:
         self._epoch = -1
         self._read_boards()
         self._next_plan = self._window.count + self._pace.plan_interval
+
+
+def _check_nodes(ranks: int, near: int) -> None:
+    """Say that nodes of `near` ranks leave one that has fewer, which may be meant or a mistake."""
+    if near < ranks and ranks % near:
+        log.warning(
+            "EPLB_RANKS_PER_NODE=%d does not divide the engine's %d ranks, so the last node is "
+            "taken to have %d; unless it has, set the ranks that each node has, or 0 if all ranks "
+            "share one",
+            near,
+            ranks,
+            ranks % near,
+        )
 
 
 def warmup() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +29,13 @@ class Guard:
 
     Args:
         policy: ours or a user's.
+        ranks_per_node: consecutive ranks that share a node, for plans that do not say it; None if
+            distance is of no matter.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, ranks_per_node: int | None = None):
         self._policy = policy
+        self._ranks_per_node = ranks_per_node
         self._said: set[tuple] = set()
 
     def propose(self, heat: np.ndarray, placement: np.ndarray, rows: int) -> Proposal | None:
@@ -52,7 +56,7 @@ class Guard:
             log.log(self._level(error), text, exc_info=True)
             return None
         try:
-            plan = checked_plan(found, heat, placement)
+            plan = checked_plan(found, heat, placement, self._ranks_per_node)
             return Proposal(plan, plan.rounds(rows))
         except (Exception, SystemExit) as error:
             text = "what the policy returned is refused, experts stay where they are: %s"
@@ -68,16 +72,19 @@ class Guard:
         return logging.ERROR
 
 
-def checked_plan(found: Any, heat: np.ndarray, placement: np.ndarray) -> Plan:
+def checked_plan(
+    found: Any, heat: np.ndarray, placement: np.ndarray, ranks_per_node: int | None = None
+) -> Plan:
     """A plan that leads from `placement` to what a policy wants, whatever form that has.
 
-    A plan as `make_plan` makes it is returned as it is. Of any other only the placement counts:
-    the plan is made anew, and its PAR measured.
+    A plan as `make_plan` makes it is returned as it is, but for a `ranks_per_node` that it lacks.
+    Of any other only the placement counts: the plan is made anew, and its PAR measured.
 
     Args:
         found: a Plan, or int[layers, ranks, slots].
         heat: tokens[episodes, layers, experts], what the policy was given.
         placement: int32[layers, ranks, slots], the same.
+        ranks_per_node: consecutive ranks that share a node; None if distance is of no matter.
 
     Raises:
         ValueError: `found` is neither, or of another shape, or no valid placement.
@@ -96,9 +103,12 @@ def checked_plan(found: Any, heat: np.ndarray, placement: np.ndarray) -> Plan:
     check_placement(wanted, heat.shape[2])
     plan = make_plan(placement, wanted)
     if isinstance(found, Plan) and _is_sound(found, plan):
-        return found
+        near = found.ranks_per_node or ranks_per_node
+        return found if near == found.ranks_per_node else replace(found, ranks_per_node=near)
     before, after = (episode_par(heat, slots).mean(axis=0) for slots in (placement, wanted))
-    return make_plan(placement, wanted, par_before=before, par_after=after)
+    return make_plan(
+        placement, wanted, par_before=before, par_after=after, ranks_per_node=ranks_per_node
+    )
 
 
 def _is_sound(found: Plan, made: Plan) -> bool:

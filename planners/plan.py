@@ -75,7 +75,8 @@ class Plan:
 
         After each round the placement is valid, and after the last it equals `placement`. Layers
         come in the order of `layers`; a later layer fills the rows an earlier one leaves free.
-        Sources are spread over the ranks, those on the destination's own node first.
+        In each round the busiest sender sends as few rows as it can, with sources on the
+        destination's own node first; see `rounds.spread_sources`.
 
         Args:
             rows: staging rows per rank, over all layers together; at least 1.

@@ -42,6 +42,7 @@ class Planner:
         make_policy: called with (ranks, slots) when an engine is there.
         pace: when to plan.
         exit_with_engine: return when the engine is gone instead of waiting for the next.
+        ranks_per_node: consecutive ranks that share a node; None if all do.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Planner:
         make_policy: Callable[[int, int], Policy],
         pace: Pace,
         exit_with_engine: bool = False,
+        ranks_per_node: int | None = None,
     ):
         self._session = session
         self._make_policy = make_policy
         self._pace = pace
         self._exit_with_engine = exit_with_engine
+        self._ranks_per_node = ranks_per_node
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
@@ -146,6 +149,7 @@ class Planner:
                 self._generation,
                 self._executor,
                 wake,
+                self._ranks_per_node,
             )
             while not self._stopping.is_set() and group.is_alive():
                 await self._next_bell(bell)

@@ -1,4 +1,4 @@
-"""The round of each write, and the rank that sends it."""
+"""The round of each write, and the rank that sends its expert."""
 
 from __future__ import annotations
 
@@ -88,25 +88,125 @@ def _book(unit, atomic, slots, rows, used, round_of):
 
 @njit(nogil=True, cache=True)
 def spread_sources(current, writes, experts, near, sent):
-    """(rank, slot) of a holder for each write: own node, then fewest sent now, then fewest ever."""
-    _, ranks, slots = current.shape
-    holders = np.full((len(writes), ranks), -1, np.int32)
+    """The holder that each write of a round takes its expert from, so that sends are even.
+
+    A rank that holds the expert copies it from itself and sends nothing. Any other takes it from
+    its own node where a holder is, else from all holders alike. Among these choices the busiest
+    rank sends as few rows as possible, so does the next, and so on; where that leaves a choice,
+    the rank sends that has sent least in earlier rounds. Rows are counted, not bytes: the experts
+    of one model are of one size.
+
+    This is an optimal semi-matching: Harvey, Ladner, Lovasz and Tamir, "Semi-matchings for
+    bipartite graphs and load balancing", Journal of Algorithms 59 (2006): a greedy start, then
+    cost-reducing paths until there are none.
+
+    Args:
+        current: int32[layers, ranks, slots], the placement that the round starts from.
+        writes: int64[n, (layer, rank, slot)], the slots that receive.
+        experts: int32[n], what they receive; each stands in `current`.
+        near: consecutive ranks that share a node; the last node may have fewer.
+        sent: int64[ranks], rows sent in earlier rounds; those of this one are added.
+
+    Returns:
+        int32[n, (rank, slot)].
+    """
+    holders, counts = _nearest_holders(current, writes, experts, near)
+    unit = sent.max() + 1
+    cost = sent.copy()  # a row sent now outweighs all that were sent before
+    chosen = np.zeros(len(writes), np.int32)
+    for i in np.argsort(counts, kind="mergesort"):
+        for k in range(1, counts[i]):
+            if cost[holders[i, k, 0]] < cost[holders[i, chosen[i], 0]]:
+                chosen[i] = k
+        sender = holders[i, chosen[i], 0]
+        cost[sender] += unit if sender != writes[i, 1] else 0
+    _even_out(holders, counts, chosen, cost, unit)
+    sent += (cost - sent) // unit
+    sources = np.empty((len(writes), 2), np.int32)
     for i in range(len(writes)):
+        sources[i] = holders[i, chosen[i]]
+    return sources
+
+
+@njit(nogil=True, cache=True)
+def _nearest_holders(current, writes, experts, near):
+    """(rank, slot)[n, ranks, 2] of each write's nearest holders, and how many they are."""
+    _, ranks, slots = current.shape
+    holders = np.empty((len(writes), ranks, 2), np.int32)
+    counts = np.zeros(len(writes), np.int32)
+    for i in range(len(writes)):
+        layer, target, _ = writes[i]
+        nearest = 2
         for rank in range(ranks):
             for slot in range(slots):
-                if current[writes[i, 0], rank, slot] == experts[i]:
-                    holders[i, rank] = slot
-    choices = np.array([(holders[i] >= 0).sum() for i in range(len(writes))])
-    sources = np.empty((len(writes), 2), np.int32)
-    sending = np.zeros(ranks, np.int64)
-    for i in np.argsort(choices, kind="mergesort"):
-        best = -1
-        best_key = (False, 0, 0)
-        for rank in range(ranks):
-            key = (rank // near != writes[i, 1] // near, sending[rank], sent[rank])
-            if holders[i, rank] >= 0 and (best < 0 or key < best_key):
-                best, best_key = rank, key
-        sending[best] += 1
-        sent[best] += 1
-        sources[i, 0], sources[i, 1] = best, holders[i, best]
-    return sources
+                if current[layer, rank, slot] != experts[i]:
+                    continue
+                distance = 0 if rank == target else 1 if rank // near == target // near else 2
+                if distance < nearest:
+                    nearest, counts[i] = distance, 0
+                if distance == nearest:
+                    holders[i, counts[i]] = rank, slot
+                    counts[i] += 1
+    return holders, counts
+
+
+@njit(nogil=True, cache=True)
+def _even_out(holders, counts, chosen, cost, unit):
+    """Change `chosen` and `cost` until no sender can pass a row on and win by it.
+
+    A path leads from the busiest rank by a row that it sends to another rank that could send it.
+    Where none wins, what it reaches stays closed: no rank that is less busy could win there either.
+    """
+    ranks = len(cost)
+    via = np.full(ranks, -1, np.int64)  # row * ranks + choice that leads to a rank; -1: open
+    queue = np.empty(ranks, np.int64)
+    first, after = _rows_by_sender(holders, chosen, ranks)
+    while True:
+        busiest = np.where(via < 0, cost, -1).argmax()
+        if via[busiest] >= 0 or cost[busiest] < unit:  # the others send nothing
+            return
+        reached = _reach(busiest, holders, counts, first, after, via, queue)
+        idlest = reached[cost[reached].argmin()]
+        if cost[idlest] + unit >= cost[busiest]:
+            continue
+        cost[busiest] -= unit
+        cost[idlest] += unit
+        rank = idlest
+        while rank != busiest:
+            i, k = divmod(via[rank], ranks)
+            rank = holders[i, chosen[i], 0]
+            chosen[i] = k
+        via[reached] = -1
+        first, after = _rows_by_sender(holders, chosen, ranks)
+
+
+@njit(nogil=True, cache=True)
+def _rows_by_sender(holders, chosen, ranks):
+    """(first[ranks], after[n]): the first row that each rank sends, the next after each; or -1."""
+    first = np.full(ranks, -1, np.int64)
+    after = np.empty(len(chosen), np.int64)
+    for i in range(len(chosen)):
+        sender = holders[i, chosen[i], 0]
+        after[i] = first[sender]
+        first[sender] = i
+    return first, after
+
+
+@njit(nogil=True, cache=True)
+def _reach(start, holders, counts, first, after, via, queue):
+    """The open ranks that a path from `start` reaches, `start` among them; enters them in `via`."""
+    via[start] = 0
+    queue[0] = start
+    head, tail = 0, 1
+    while head < tail:
+        i = first[queue[head]]
+        head += 1
+        while i >= 0:
+            for k in range(counts[i]):
+                rank = holders[i, k, 0]
+                if via[rank] < 0:
+                    via[rank] = i * len(via) + k
+                    queue[tail] = rank
+                    tail += 1
+            i = after[i]
+    return queue[:tail]

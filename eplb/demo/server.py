@@ -25,8 +25,12 @@ ENGINE = {
     "tensor_parallel_size": RANKS,
     "enable_expert_parallel": True,
     "enable_eplb": True,
-    # Upstream's own rearrangement is put off for good: the baseline keeps its placement.
-    "eplb_config": {"num_redundant_experts": REDUNDANT, "step_interval": 10**9, "use_async": False},
+    "eplb_config": {
+        "num_redundant_experts": REDUNDANT,
+        "step_interval": 10**9,  # the baseline keeps its placement
+        "use_async": False,
+        "communicator": "torch_nccl",  # over gloo here; upstream's default wants an accelerator
+    },
     "max_model_len": 256,
     "max_num_seqs": 16,
     "enable_prefix_caching": False,

@@ -133,23 +133,40 @@ def test_the_traceback_of_a_policy_is_there_for_its_author(session, tmp_path):
     assert "Traceback" in found.stderr
 
 
-def test_a_policy_that_cannot_be_made_for_the_engine_ends_the_planner(session, tmp_path):
+@pytest.mark.parametrize(("per_node", "near"), [("0", 2), ("1", 1), ("8", 2)])
+def test_a_policy_that_cannot_be_made_for_the_engine_ends_the_planner(
+    session, tmp_path, per_node, near
+):
     code = "def Mine(ranks, slots, near): raise ValueError(f'{ranks} {slots} {near}: too few')"
     shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
     ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(2)]
     bell = Doorbell.create(bell_name(session))
     for rank in ranks:
         rank.publish()
-    found = run_eplb("planner", "--session", session, **install_policy(tmp_path, code))
+    variables = install_policy(tmp_path, code) | {"EPLB_RANKS_PER_NODE": per_node}
+    found = run_eplb("planner", "--session", session, **variables)
     assert found.returncode == 2
     assert found.stderr.splitlines()[-1] == (
-        "eplb: EPLB_POLICY='mine' cannot be made for 2 ranks x 3 slots: ValueError: 2 3 2: too few"
+        "eplb: EPLB_POLICY='mine' cannot be made for 2 ranks x 3 slots: "
+        f"ValueError: 2 3 {near}: too few"
     )
     assert "Traceback" not in found.stderr
     assert not owner_is_alive(planner_name(session))
     for rank in ranks:
         rank.close()
     bell.close()
+
+
+def test_the_size_of_a_node_reaches_the_planner(environment):
+    environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
+    environment.setattr("flash_eplb.eplb.cli.compile_kernels", lambda choice: None)
+    environment.setattr("flash_eplb.eplb.cli._run", lambda make: made.append(make()))
+    environment.setattr("flash_eplb.planners.planner.Planner", lambda *arguments: arguments[-1])
+    made = []
+    for value in ("0", "8"):
+        environment.setenv("EPLB_RANKS_PER_NODE", value)
+        assert eplb("planner").exit_code == 0
+    assert made == [None, 8]
 
 
 def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):

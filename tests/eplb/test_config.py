@@ -27,11 +27,14 @@ DEFAULTS = {
     "effort": "balanced",
     "routing": "uniform",
     "planner_threads": 1,
+    "ranks_per_node": 0,
     "staging_rows": 8,
     "vote_steps": 4,
     "plan_timeout_steps": 2000,
     "transfer_timeout": 60.0,
+    "transport": "auto",
     "verify": True,
+    "patrol_steps": 64,
     "ring_steps": 256,
     "log_level": "INFO",
 }
@@ -43,9 +46,11 @@ RANGES = {
     "max_moves": (0, 10**6),
     "max_layers": (0, 10**6),
     "planner_threads": (1, 256),
+    "ranks_per_node": (0, 4096),
     "staging_rows": (1, 4096),
     "vote_steps": (1, 1024),
     "plan_timeout_steps": (1, 10**7),
+    "patrol_steps": (0, 10**6),
     "ring_steps": (8, 65536),
 }
 SWITCHES = ["enabled", "spawn_planner", "cpu_patches", "verify"]

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.eplb.worker import UnsupportedError, reference_digests
+from flash_eplb.eplb.group import UnsupportedError
+from flash_eplb.eplb.reference import reference_digests
 
 
 @given(st.data())

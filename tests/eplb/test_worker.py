@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "loaders"))
 from cluster import FakeEngine
 
 from flash_eplb.eplb.config import Config
-from flash_eplb.eplb.worker import Group, UnsupportedError, Worker, reference_digests
+from flash_eplb.eplb.group import Group, UnsupportedError
+from flash_eplb.eplb.reference import reference_digests
+from flash_eplb.eplb.worker import Worker
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankSegment

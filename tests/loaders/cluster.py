@@ -14,11 +14,13 @@ from flash_eplb.ipc.placement import MOVE
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.round import Round, encode_round
 from flash_eplb.ipc.shape import GroupShape, ModelShape
+from flash_eplb.loaders.digest import digests
 from flash_eplb.loaders.loader import Loader
+from flash_eplb.loaders.patrol import Patrol
 from flash_eplb.loaders.stager import Stager
 from flash_eplb.loaders.stager_pool import StagerPool
-from flash_eplb.loaders.staging import Staging, digests, row_bytes
-from flash_eplb.loaders.transport import Transport
+from flash_eplb.loaders.staging import Staging, row_bytes
+from flash_eplb.loaders.transport import PeerToPeer
 from flash_eplb.loaders.vote import Vote
 
 GENERATION = 77
@@ -37,6 +39,8 @@ class FakeEngine:
         self.rank = rank
         self.routed = self.placement.copy()
         self.columns = np.ones_like(self.placement)
+        self.buffer: list[torch.Tensor] = []
+        self.communicators: list = []
         self.loads = [torch.zeros((layers, ranks * slots), dtype=torch.int32)]
         self.weights: list[list[torch.Tensor]] = []
         for layer in range(layers):
@@ -73,7 +77,7 @@ class Rank:
         staging = Staging(self.engine.weights, cluster.shape.staging_rows)
 
         def make_stager() -> Stager:
-            transport = Transport(store.clone(), rank, ranks, timeout=cluster.transfer_timeout)
+            transport = PeerToPeer("gloo", store.clone(), rank, ranks, cluster.transfer_timeout)
             return Stager(self.engine.weights, staging, transport, rank, cluster.reference)
 
         self.stagers = StagerPool(make_stager, rank, cluster.shape.staging_rows)
@@ -82,7 +86,7 @@ class Rank:
             self.segment,
             Vote(self.group, rank),
             self.stagers,
-            staging,
+            Patrol(cluster.shape.layers, cluster.shape.slots, cluster.patrol_steps),
             cluster.vote_steps,
             cluster.timeout_steps,
         )
@@ -109,12 +113,14 @@ class Cluster:
         vote_steps: int = 2,
         timeout_steps: int = 50_000,
         transfer_timeout: float = 20.0,
+        patrol_steps: int = 0,
     ):
         self.session = session
         self.sizes = (layers, experts, ranks, slots)
         self.vote_steps = vote_steps
         self.timeout_steps = timeout_steps
         self.transfer_timeout = transfer_timeout
+        self.patrol_steps = patrol_steps
         engines = [FakeEngine(*self.sizes, rank) for rank in range(ranks)]
         self.shape = GroupShape(
             models=(ModelShape("fake", layers),),

@@ -1,7 +1,9 @@
 """Ranks of the small engine in processes of their own, and random plans for them.
 
-Usage: moe_group.py SESSION PLANS STAGING_ROWS MOVES_PER_PLAN SEED
+Usage: moe_group.py SESSION PLANS STAGING_ROWS MOVES_PER_PLAN SEED [SECONDS]
 
+With SECONDS, one rank's process is stopped for that long in the middle of a round, after the first
+plan.
 Prints one JSON object: what was moved and checked. After every commit each rank compares the digest
 of each of its slots with that of the expert which the placement names, and now and then the outputs
 with those of a run on one process.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -22,19 +25,22 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.eplb.config import Config
-from flash_eplb.eplb.worker import Group as WorkerGroup
+from flash_eplb.eplb.group import Group as WorkerGroup
 from flash_eplb.eplb.worker import Worker
 from flash_eplb.ipc.liveness import SegmentError
-from flash_eplb.ipc.status import Field
-from flash_eplb.loaders import stager, vote
+from flash_eplb.ipc.status import Field, State
+from flash_eplb.loaders import transport, vote
+from flash_eplb.loaders.digest import row_digest
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape, expert_tensors, run_alone
-from flash_eplb.loaders.staging import row_digest, slot_views
+from flash_eplb.loaders.staging import slot_views
 from flash_eplb.planners.delivery import Delivery, Progress
 from flash_eplb.planners.group import Group
 from flash_eplb.planners.plan import make_plan
 
 SHAPE = MoeShape(layers=12, experts=64, ranks=8, slots=10, hidden=16, inner=8)
 COMPARE_EVERY = 40  # commits
+END_EVERY = 8  # steps
+STOPPED_RANK = 3
 TOKENS = 12
 
 
@@ -63,7 +69,7 @@ class Rank:
         self.compared = self.commits = 0
 
     def run(self) -> dict[str, int]:
-        self._delay(stager.Transport, "wait")
+        self._delay(transport.PeerToPeer, "exchange")
         self._delay(vote.Vote, "issue")
         stopping = torch.zeros(1, dtype=torch.int64)
         while True:
@@ -75,7 +81,7 @@ class Rank:
                 if self.commits % COMPARE_EVERY == 0:
                     self._compare_outputs()
             stopping[0] = int(self.stop.is_set())
-            if self.worker._step % 8 == 0:  # all ranks end at the same step
+            if self.worker._step % END_EVERY == 0:  # all ranks end at the same step
                 dist.all_reduce(stopping, op=dist.ReduceOp.MIN)
                 if stopping[0]:
                     break
@@ -136,8 +142,31 @@ def random_placement(placement: np.ndarray, moves: int, chance: random.Random) -
     return wanted
 
 
-def drive(session: str, plans: int, rows: int, moves: int, seed: int) -> dict[str, int]:
-    """Send random plans, one after the other, and wait for each to be committed."""
+def stop_for(seconds: float, pid: int, group: Group) -> dict[str, int]:
+    """Stop a rank's process in the middle of a round; how far the ranks came before and meanwhile,
+    and what was committed. Empty if it stopped elsewhere, and goes on: between rounds, or where the
+    others would wait for it not in their votes but in the engine's own collective."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(0.05)
+        status = group.ranks[STOPPED_RANK].status
+        if status[Field.STATE] != State.STAGING or not 1 <= status[Field.STEP] % END_EVERY <= 4:
+            return {}
+        before = status[Field.STEP]
+        time.sleep(seconds)
+        meanwhile = max(rank.status[Field.STEP] for rank in group.ranks)
+        committed = max(rank.status[Field.EPOCH] for rank in group.ranks)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return {"stopped_at": before, "meanwhile": meanwhile, "committed_before": committed}
+
+
+def drive(
+    session: str, plans: int, rows: int, moves: int, seed: int, pid: int, seconds: float
+) -> dict[str, int]:
+    """Send random plans, one after the other, and wait for each to be committed; stop process
+    `pid` on the way, if `seconds` is not 0."""
+    stop: dict[str, int] = {}
     group, chance = attached(session), random.Random(seed)
     for rank in group.ranks:
         rank.plans.take_over(5)
@@ -157,13 +186,24 @@ def drive(session: str, plans: int, rows: int, moves: int, seed: int) -> dict[st
         sequence = delivery.next_sequence
         while (progress := delivery.advance()) is Progress.UNDER_WAY:
             assert group.is_alive(), "a rank has died"
+            is_staging = group.ranks[STOPPED_RANK].status[Field.STATE] == State.STAGING
+            if seconds and number > 1 and is_staging and not stop:
+                stop = stop_for(seconds, pid, group)
             time.sleep(0.0005)
         assert progress is Progress.DONE, delivery.reason
         moved += len(plan.moves)
     counted = sum(rank.status[Field.MOVED_ROWS] for rank in group.ranks)
     aborted = sum(rank.status[Field.ABORTED] for rank in group.ranks)
+    steps = min(rank.status[Field.STEP] for rank in group.ranks)
     group.close()
-    return {"moved": moved, "counted": counted, "aborted": aborted, "most_rows": most_rows}
+    return {
+        "moved": moved,
+        "counted": counted,
+        "aborted": aborted,
+        "most_rows": most_rows,
+        "steps": steps,
+        **stop,
+    }
 
 
 def attached(session: str) -> Group:
@@ -179,7 +219,8 @@ def attached(session: str) -> Group:
 def main() -> None:
     import multiprocessing
 
-    session, (plans, rows, moves, seed) = sys.argv[1], map(int, sys.argv[2:])
+    session, (plans, rows, moves, seed) = sys.argv[1], map(int, sys.argv[2:6])
+    seconds = float(sys.argv[6]) if len(sys.argv) > 6 else 0.0
     context = multiprocessing.get_context("fork")
     stop, results = context.Event(), context.SimpleQueue()
     port = context.Value("i", 0)
@@ -200,7 +241,9 @@ def main() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.value = store.port
     try:
-        figures = drive(session, plans, rows, moves, seed)
+        pid = processes[STOPPED_RANK].pid
+        assert pid is not None
+        figures = drive(session, plans, rows, moves, seed, pid, seconds)
         stop.set()
         ranks = [results.get() for _ in processes]
         for process in processes:

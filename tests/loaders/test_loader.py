@@ -15,6 +15,7 @@ from flash_eplb.ipc.plan_queue import SLOTS
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.loaders import stager as stager_module
 from flash_eplb.loaders.stager_pool import MOST_HUNG
+from flash_eplb.loaders.transport import PeerToPeer
 from flash_eplb.planners.plan import make_plan
 
 
@@ -205,19 +206,26 @@ def test_a_damaged_record_on_one_rank_starts_nothing_anywhere(cluster):
     group.check_consistent()
 
 
-def test_a_sender_that_reads_a_wrong_row_aborts_the_round_everywhere(cluster, caplog):
+def test_a_sender_that_reads_a_wrong_row_aborts_the_round_everywhere(cluster, monkeypatch, caplog):
     group = cluster()
-    victim = group.ranks[0].engine.weights[1][0]
-    kept = victim[0].clone()
-    victim[0, 7] += 1  # rank 0's expert 0 of layer 1 is no longer what it was at start
+    source, mistakes = stager_module.Stager._source, [1]
+
+    def misread(self, move):
+        if self._rank == 0 and mistakes:
+            mistakes.pop()
+            move = move.copy()
+            move["source_slot"] += 1
+        return source(self, move)
+
+    monkeypatch.setattr(stager_module.Stager, "_source", misread)
     with caplog.at_level("WARNING", "flash_eplb.loader"):
         group.send(group.record(SWAP))
         group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
     assert [rank.segment.status[Field.ABORTED] for rank in group.ranks] == [1, 1, 1]
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [1, 0, 0]
     assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
-    assert "layer 1 expert 0 from rank 0" in caplog.text
+    assert "layer 1 expert 0 from rank 0 slot 0 to rank 1: digest" in caplog.text
     assert "at its source" in caplog.text
-    victim[0] = kept
     group.check_consistent()
     # the receiver does not wait for its timeout: the next plan commits at once
     group.send(group.record(SWAP, plan=2, sequence=2))
@@ -225,23 +233,64 @@ def test_a_sender_that_reads_a_wrong_row_aborts_the_round_everywhere(cluster, ca
     group.check_consistent()
 
 
+def test_weights_that_somebody_else_has_written_stop_balancing_on_all_ranks(cluster, caplog):
+    group = cluster()
+    group.ranks[0].engine.weights[1][0][0, 7] += 1  # rank 0's expert 0 of layer 1
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.send(group.record(SWAP))
+        group.tick_until(lambda: bool(group.ranks[2].loader.stopped))
+    for rank in group.ranks:
+        assert "EP rank 0 holds an expert whose weights are not those of the st" in (
+            rank.loader.stopped
+        )
+        assert rank.segment.status[Field.STATE] == State.STOPPED
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [1, 0, 0]
+    assert "layer 1 expert 0 from rank 0" in caplog.text
+    group.tick(20)
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+
+
+def test_an_expert_that_changes_is_found_though_nothing_moves(cluster, caplog):
+    group = cluster(patrol_steps=1)
+    for _ in range(30):
+        group.tick(2)
+        time.sleep(0.001)
+    assert not any(rank.loader.stopped for rank in group.ranks)
+    group.ranks[1].engine.weights[2][0][2, 4] += 1  # rank 1's expert 5 of layer 2
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.tick_until(lambda: bool(group.ranks[0].loader.stopped))
+    assert all("EP rank 1 holds an expert whose" in rank.loader.stopped for rank in group.ranks)
+    assert "a live expert has changed: layer 2 expert 5 in slot 2: digest" in caplog.text
+
+
+def test_the_patrol_lets_rounds_pass_and_follows_them(cluster):
+    group = cluster(patrol_steps=1, vote_steps=1)
+    back = swap(1, (3, 0, 0), (0, 1, 0))
+    for number in range(1, 9):
+        group.send(group.record(back if number % 2 == 0 else SWAP, plan=number, sequence=number))
+        group.tick_until(lambda number=number: group.ranks[0].loader.epoch == number)
+        group.tick(20)
+    group.check_consistent()
+    assert not any(rank.loader.stopped for rank in group.ranks)
+
+
 def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, monkeypatch, caplog):
     group = cluster(transfer_timeout=2.0)
-    wait = stager_module.Transport.wait
+    exchange = PeerToPeer.exchange
     flips = []
 
-    def wait_and_flip(self):
-        transferred = bool(self._pending)
-        wait(self)
-        if self._rank == 1 and transferred and not flips:
+    def exchange_and_flip(self, moves, leaving, arriving):
+        exchange(self, moves, leaving, arriving)
+        if self._rank == 1 and arriving and not flips:
             flips.append(1)
-            group.ranks[1].loader._staging._rows[0, 3] ^= 4
+            arriving[0].views[0][3] ^= 4
 
-    monkeypatch.setattr(stager_module.Transport, "wait", wait_and_flip)
+    monkeypatch.setattr(PeerToPeer, "exchange", exchange_and_flip)
     with caplog.at_level("WARNING", "flash_eplb.loader"):
         group.send(group.record(SWAP))
         group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
     assert "on arrival" in caplog.text
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [0, 1, 0]
     group.check_consistent()
     group.send(group.record(SWAP, plan=2, sequence=2))
     group.tick_until(lambda: group.ranks[0].loader.epoch == 1)

@@ -1,9 +1,14 @@
+import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.loaders.staging import Staging, digests, row_bytes, row_digest, slot_views
+from flash_eplb.loaders import digest as digest_module
+from flash_eplb.loaders.digest import device_digest, digests, row_digest
+from flash_eplb.loaders.loader import copy_rows
+from flash_eplb.loaders.staging import Staging, reorder_slots, row_bytes, slot_views
 
 DTYPES = [
     torch.float32,
@@ -101,11 +106,19 @@ def test_the_views_are_the_live_bytes(kinds):
         assert (old[0], old[2]) == (new[0], new[2])
 
 
-@given(st.lists(TENSORS, min_size=1, max_size=3), st.integers(1, 4), st.data())
-def test_a_commit_copies_exactly_one_slot(kinds, rows, data):
+def commit(staging, weights, row, layer, slot):
+    """What a loader does with a row that has arrived."""
+    copy_rows(slot_views(weights[layer], slot), staging.views(row, layer))
+
+
+@given(st.lists(TENSORS, min_size=1, max_size=3), st.integers(1, 4), st.booleans(), st.data())
+def test_a_commit_copies_exactly_one_slot(kinds, rows, borrows, data):
     weights = layers_of(*kinds)
-    staging = Staging(weights, rows)
-    assert staging.nbytes == rows * max(row_bytes(weights))
+    buffer = [torch.empty_like(tensor)[:2] for tensor in weights[0]] if borrows else []
+    staging = Staging(weights, rows, buffer)
+    if not borrows:
+        assert rows * max(row_bytes(weights)) <= staging.nbytes
+        assert staging.nbytes <= rows * (max(row_bytes(weights)) + 15 * 3)
     layer = data.draw(st.integers(0, len(weights) - 1))
     slot = data.draw(st.integers(0, SLOTS - 1))
     row = data.draw(st.integers(0, rows - 1))
@@ -113,7 +126,7 @@ def test_a_commit_copies_exactly_one_slot(kinds, rows, data):
     expected = snapshot(weights)
     for place, content in enumerate(staged[row]):
         expected[layer][place][slot] = content
-    staging.commit(row, layer, slot)
+    commit(staging, weights, row, layer, slot)
     assert snapshot(weights) == expected
     # the rows still hold what they held, and share nothing with the weights
     for number in range(rows):
@@ -122,17 +135,67 @@ def test_a_commit_copies_exactly_one_slot(kinds, rows, data):
     assert snapshot(weights) == expected
 
 
-@given(TENSORS, st.data())
-def test_any_flipped_bit_changes_the_digest(kinds, data):
+def test_the_engines_buffer_gives_the_first_rows():
+    layers = [[torch.zeros(3, 4), torch.zeros(3, 5, dtype=torch.int8)] for _ in range(2)]
+    buffer = [torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.int8)]
+    staging = Staging(layers, 3, buffer)
+    assert staging.borrowed == 2
+    assert staging.nbytes == 32  # one row of 16 + 5 bytes, each part at a multiple of 16
+    for row, part in ((0, 0), (1, 0), (0, 1)):
+        assert staging.views(row, 1)[part].data_ptr() == buffer[part][row].data_ptr()
+    assert Staging(layers, 2, buffer).nbytes == 0
+    assert Staging(layers, 1, buffer).borrowed == 1
+
+
+def test_a_buffer_into_which_not_every_layer_fits_is_left_alone():
+    layers = [[torch.zeros(3, 4)], [torch.zeros(3, 4), torch.zeros(3, 1)]]
+    assert Staging(layers, 3, [torch.zeros(2, 4)]).borrowed == 0
+    assert Staging([[torch.zeros(3, 5)]], 3, [torch.zeros(2, 4)]).borrowed == 0
+    assert Staging([[torch.zeros(3, 3)]], 3, [torch.zeros(2, 4)]).borrowed == 2
+
+
+def of_experts(layer, digest):
+    return [digest(slot_views(layer, slot)) for slot in range(SLOTS)]
+
+
+@pytest.mark.parametrize("digest", [row_digest, device_digest])
+@given(kinds=TENSORS, data=st.data())
+def test_any_flipped_bit_changes_the_digest(digest, kinds, data):
     (layer,) = layers_of(kinds)
-    before = digests([layer])
+    before = of_experts(layer, digest)
     views = slot_views(layer, 1)
     view = views[data.draw(st.integers(0, len(views) - 1))]
     place = data.draw(st.integers(0, view.numel() - 1))
     view[place] ^= 1 << data.draw(st.integers(0, 7))
-    after = digests([layer])
-    assert after[0][1] != before[0][1]
-    assert (after[0][0], after[0][2]) == (before[0][0], before[0][2])
+    after = of_experts(layer, digest)
+    assert after[1] != before[1]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert all(0 <= number < 2**63 for number in after)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 4999), st.integers(0, 4999))
+def test_words_that_change_places_change_the_digest_of_a_device(seed, first, second):
+    words = torch.randint(0, 100, (5000,), generator=torch.Generator().manual_seed(seed))
+    words = words.to(torch.int32)
+    other = words.clone()
+    other[first], other[second] = words[second].clone(), words[first].clone()
+    found = [device_digest([part.view(torch.uint8)]) for part in (words, other)]
+    assert (found[0] == found[1]) == torch.equal(words, other)
+
+
+def test_a_device_digest_of_several_chunks_sees_each(monkeypatch):
+    monkeypatch.setattr(digest_module, "_CHUNK", 8)
+    monkeypatch.setattr(digest_module, "_weights", {})
+    view = torch.arange(100, dtype=torch.uint8)
+    seen = {device_digest([view])}
+    for place in range(100):
+        view[place] ^= 128
+        seen.add(device_digest([view]))
+        view[place] ^= 128
+    assert len(seen) == 101
+    swapped = torch.cat([view[32:64], view[:32], view[64:]])
+    assert device_digest([swapped]) not in seen
+    assert device_digest([view, torch.zeros(4, dtype=torch.uint8)]) != device_digest([view])
 
 
 def test_equal_bytes_have_equal_digests_wherever_they_lie():
@@ -142,13 +205,13 @@ def test_equal_bytes_have_equal_digests_wherever_they_lie():
         staged.copy_(live)
     assert row_digest(staging.views(1, 0)) == row_digest(slot_views(weights[0], 2))
     assert row_digest(staging.views(1, 0)) == digests(weights)[0][2]
-    staging.commit(1, 0, 0)
+    commit(staging, weights, 1, 0, 0)
     assert digests(weights)[0][0] == digests(weights)[0][2]
 
 
-def test_a_digest_is_the_crc_of_the_bytes_in_order():
+def test_a_digest_is_that_of_the_bytes_in_order():
     views = [torch.tensor(list(part), dtype=torch.uint8) for part in (b"1234", b"", b"56789")]
-    assert row_digest(views) == 0xCBF43926
+    assert row_digest(views) == xxhash.xxh3_64_intdigest(b"123456789") >> 1
 
 
 def test_an_expert_tensor_without_contiguous_rows_is_refused():
@@ -164,7 +227,7 @@ def test_contiguous_rows_of_a_tensor_with_gaps_will_do():
     layer = [wide[::2]]
     staging = Staging([layer], 1)
     staging.views(0, 0)[0].copy_(torch.zeros(24, dtype=torch.uint8))
-    staging.commit(0, 0, 1)
+    commit(staging, [layer], 0, 0, 1)
     assert wide[:, 0].tolist() == [0, 6, 0, 18]
 
 
@@ -173,6 +236,16 @@ def test_parameters_are_weights_too():
     before = digests([[parameter]])
     staging = Staging([[parameter]], 1)
     fill(staging.views(0, 0), 1)
-    staging.commit(0, 0, 1)
+    commit(staging, [[parameter]], 0, 0, 1)
     assert digests([[parameter]])[0][0] == before[0][0]
     assert digests([[parameter]])[0][1] == row_digest(staging.views(0, 0))
+
+
+@given(st.permutations(list(range(6))), st.permutations(list(range(6))))
+def test_experts_change_slots_in_place(before, after):
+    before, after = np.array(before), np.array(after)
+    ids = torch.from_numpy(before.astype(np.float32))
+    layer = [ids[:, None].repeat(1, 3), ids.to(torch.bfloat16)]
+    reorder_slots(layer, before, after)
+    for tensor in layer:
+        assert (tensor.float().view(6, -1) == torch.from_numpy(after)[:, None]).all()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ BALLOTS = st.builds(
     staged=st.booleans(),
     failed=st.booleans(),
     mismatch=st.booleans(),
+    changed=st.booleans(),
     stopped=st.booleans(),
     epoch=st.sampled_from([0, 0, 0, 1, 2**40]),
 )
@@ -31,23 +34,21 @@ def highest(said):
 @given(st.lists(BALLOTS, min_size=1, max_size=5), st.booleans())
 def test_the_outcome_is_what_the_ballots_say(ballots, agree):
     if agree:  # all about the same candidate
-        ballots = [
-            Ballot(ballots[0].candidate, b.staged, b.failed, b.mismatch, b.stopped, b.epoch)
-            for b in ballots
-        ]
+        ballots = [replace(ballot, candidate=ballots[0].candidate) for ballot in ballots]
     candidates = {ballot.candidate for ballot in ballots}
     assert counted(ballots) == Outcome(
         start=candidates.pop() if len(candidates) == 1 else 0,
         staged=all(ballot.staged for ballot in ballots),
         failed_rank=highest(ballot.failed for ballot in ballots),
         mismatch_rank=highest(ballot.mismatch for ballot in ballots),
+        changed_rank=highest(ballot.changed for ballot in ballots),
         stopped_rank=highest(ballot.stopped for ballot in ballots),
         diverged=len({ballot.epoch for ballot in ballots}) > 1,
     )
 
 
 def test_empty_ballots_decide_nothing():
-    assert counted([Ballot()] * 3) == Outcome(0, False, -1, -1, -1, False)
+    assert counted([Ballot()] * 3) == Outcome(0, False, -1, -1, -1, -1, False)
 
 
 def test_a_round_starts_only_if_all_name_it():
@@ -57,6 +58,6 @@ def test_a_round_starts_only_if_all_name_it():
 
 
 def test_the_rank_that_said_it_is_known():
-    ballots = [Ballot(), Ballot(failed=True), Ballot(stopped=True), Ballot(mismatch=True)]
-    outcome = counted(ballots)
-    assert (outcome.failed_rank, outcome.stopped_rank, outcome.mismatch_rank) == (1, 2, 3)
+    said = ["failed", "stopped", "mismatch", "changed"]
+    outcome = counted([Ballot(), *(Ballot(**{name: True}) for name in said)])
+    assert [getattr(outcome, f"{name}_rank") for name in said] == [1, 2, 3, 4]

@@ -39,6 +39,7 @@ class FakeEngine:
         self.refuse = False
         self.most_rows = 0
         self.columns = None
+        self.moves = None
         for rank in self.ranks:
             rank.board.write(0, self.placement)
             rank.publish()
@@ -77,6 +78,7 @@ class FakeEngine:
         assert round_.epoch == self.epoch
         self.most_rows = max(self.most_rows, np.bincount(round_.move_array()["rank"]).max())
         self.columns = round_.column_array()
+        self.moves = round_.move_array()
         self.commit(check_round(round_, self.shape, self.placement))
         for rank in self.ranks:
             rank.status[Field.COMMITTED_ROUND] = round_.sequence

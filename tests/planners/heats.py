@@ -17,6 +17,26 @@ def shuffled(rng, layers, ranks, slots, experts):
     return np.stack([name[first] for name in names]).astype(np.int32)
 
 
+def scrambled_layer(rng, ranks, slots, experts):
+    """A layer of `scrambled`: round robin, then random swaps and replaced replicas."""
+    rows = [[(rank * slots + slot) % experts for slot in range(slots)] for rank in range(ranks)]
+    for _ in range(4 * ranks * slots):
+        (a, i), (b, j) = ((int(rng.integers(ranks)), int(rng.integers(slots))) for _ in range(2))
+        mine, other = rows[a][i], rows[b][j]
+        if a == b or (mine not in rows[b] and other not in rows[a]):
+            rows[a][i], rows[b][j] = other, mine
+        spare = sum(row.count(mine) for row in rows) > 1
+        expert = int(rng.integers(experts))
+        if rows[a][i] == mine and spare and expert not in rows[a]:
+            rows[a][i] = expert
+    return rows
+
+
+def scrambled(rng, layers, ranks, slots, experts):
+    """A random valid placement, with random counts of replicas."""
+    return np.array([scrambled_layer(rng, ranks, slots, experts) for _ in range(layers)])
+
+
 def zipf(rng, layers, experts, skew=1.0):
     """Popularity [layers, experts], each layer in an order of its own."""
     popularity = np.arange(1, experts + 1) ** -float(skew)

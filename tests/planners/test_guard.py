@@ -68,6 +68,18 @@ def test_a_bare_placement_becomes_a_plan(dtype):
     np.testing.assert_allclose(plan.par_after, par(HEAT, WANTED))
 
 
+def test_a_plan_that_does_not_say_how_large_a_node_is_is_told():
+    plan = make_plan(BEFORE, WANTED, par_before=[3, 4], par_after=[1, 2])
+    stale = dataclasses.replace(plan, before=BEFORE[:, ::-1].copy(), ranks_per_node=3)
+    for found in (WANTED, plan, stale):
+        assert checked_plan(found, HEAT, BEFORE, 1).ranks_per_node == 1
+        told, _ = Guard(Returning(lambda *_, found=found: found), 1).propose(HEAT, BEFORE, 4)
+        assert told.ranks_per_node == 1
+    assert checked_plan(plan, HEAT, BEFORE, 1).par_after.tolist() == [1, 2]
+    sure = dataclasses.replace(plan, ranks_per_node=2)
+    assert checked_plan(sure, HEAT, BEFORE, 1) is sure
+
+
 def test_a_plan_that_starts_elsewhere_is_made_anew():
     stale = make_plan(BEFORE[:, ::-1], WANTED, par_before=[3, 4], par_after=[1, 2])
     plan = checked_plan(stale, HEAT, BEFORE)

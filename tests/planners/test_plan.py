@@ -2,30 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from heats import scrambled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_eplb.ipc.placement import PlacementError, apply_moves
 from flash_eplb.planners.plan import align, make_plan
-
-
-def scrambled_layer(rng, ranks, slots, experts):
-    """A random valid layer: round robin, then random swaps and replaced replicas."""
-    rows = [[(rank * slots + slot) % experts for slot in range(slots)] for rank in range(ranks)]
-    for _ in range(4 * ranks * slots):
-        (a, i), (b, j) = ((int(rng.integers(ranks)), int(rng.integers(slots))) for _ in range(2))
-        mine, other = rows[a][i], rows[b][j]
-        if a == b or (mine not in rows[b] and other not in rows[a]):
-            rows[a][i], rows[b][j] = other, mine
-        spare = sum(row.count(mine) for row in rows) > 1
-        expert = int(rng.integers(experts))
-        if rows[a][i] == mine and spare and expert not in rows[a]:
-            rows[a][i] = expert
-    return rows
-
-
-def scrambled(rng, layers, ranks, slots, experts):
-    return np.array([scrambled_layer(rng, ranks, slots, experts) for _ in range(layers)])
 
 
 @st.composite

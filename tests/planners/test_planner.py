@@ -46,9 +46,9 @@ def run(scenario, timeout=90.0):
 
 
 @contextlib.asynccontextmanager
-async def planning(session, policy=FlashLB, pace=PACE):
+async def planning(session, policy=FlashLB, pace=PACE, ranks_per_node=None):
     """A planner that serves until the block ends."""
-    planner = Planner(session, policy, pace)
+    planner = Planner(session, policy, pace, ranks_per_node=ranks_per_node)
     task = asyncio.create_task(planner.run())
     yield
     planner.stop()
@@ -109,6 +109,51 @@ def test_planned_routing_weights_are_sent_with_the_moves(session, engine):
 
     run(scenario())
     assert engine.columns.max() > 1
+
+
+class Mirror:
+    """A policy that knows of no nodes: the experts of the first rank go to the last, and so on."""
+
+    def __init__(self, ranks, slots):
+        pass
+
+    def plan(self, heat, placement):
+        return placement[:, ::-1]
+
+
+def test_experts_come_from_the_node_whatever_the_policy_knows_of_it(session):
+    engine = FakeEngine(session, ranks=4)
+    before = engine.placement
+
+    async def scenario():
+        async with planning(session, Mirror, ranks_per_node=2):
+            await until(engine, lambda: engine.moves is not None and engine.epoch == 1)
+
+    run(scenario())
+    assert len(engine.moves) > 0
+    for layer, expert, source, _, rank, _ in engine.moves.tolist():
+        nodes = {r // 2 for r, held in enumerate(before[layer].tolist()) if expert in held}
+        assert source // 2 == rank // 2 or rank // 2 not in nodes
+    engine.close()
+
+
+@pytest.mark.parametrize(("near", "last"), [(None, None), (1, None), (2, 1), (3, None), (8, None)])
+def test_nodes_that_do_not_divide_the_ranks_are_said_once(session, caplog, near, last):
+    engine = FakeEngine(session, ranks=3)
+
+    async def scenario():
+        async with planning(session, ranks_per_node=near):
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    engine.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"EPLB_RANKS_PER_NODE={near} does not divide the engine's 3 ranks, so the last node is "
+        f"taken to have {last}; unless it has, set the ranks that each node has, or 0 if all "
+        "ranks share one"
+    ] * (last is not None)
 
 
 def test_only_the_phase_that_was_asked_for_counts(session, engine, caplog):

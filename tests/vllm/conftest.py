@@ -67,12 +67,12 @@ def work():
 
 
 class Generated:
-    """What one run of generate.py gave: `passes`, `commits` and its `log`."""
+    """What one run of generate.py gave; see there."""
 
     def __init__(self, result: dict, log: str):
         self.passes = result["passes"]
         self.commits = result["commits"]
-        self.reload = result["reload"]
+        self.reloaded = result["reloaded"]
         self.flags = result["flags"]
         self.log = log
 

@@ -2,8 +2,9 @@
 
 Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS [ENGINE_ARGUMENTS.json]
 
-Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes), and writes
-{"passes": [[[token ids]]], "commits": rounds, "reload": what `reload_weights` raised,
+Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes), reloads the
+weights, repeats them until as many are committed again, and writes
+{"passes": [[[token ids]]], "commits": rounds, "reloaded": [passes and commits before the reload],
 "flags": those of the latest steps' heat}.
 """
 
@@ -39,26 +40,35 @@ def main() -> None:
 
     observer = Observer(load_config().session)
     passes = []
-    while len(passes) < 8:
-        answers = []
-        for batch in work:
-            prompts = [{"prompt_token_ids": prompt} for prompt in batch]
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
-            answers.append([list(output.outputs[0].token_ids) for output in outputs])
-        passes.append(answers)
-        if observer.commits() >= int(least):
-            break
-        wait_for_planner(load_config().session)
+
+    def run(most: int, least: int) -> None:
+        """Up to `most` passes, until `least` rounds are committed."""
+        for _ in range(most):
+            answers = []
+            for batch in work:
+                prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+                outputs = llm.generate(prompts, sampling, use_tqdm=False)
+                answers.append([list(output.outputs[0].token_ids) for output in outputs])
+            passes.append(answers)
+            if observer.commits() >= least:
+                break
+            wait_for_planner(load_config().session)
+
+    run(8, int(least))
+    reloaded = [len(passes), observer.commits()]
+    if int(least):
+        llm.collective_rpc("reload_weights")
+        run(8, observer.commits() + int(least))
     rings = observer.group.ranks if observer.group is not None else []
     for rank in rings:
         rank.heat.follow()
     flags = sorted({int(flag) for rank in rings for flag in rank.heat.read(256).flags})
-    result = {"passes": passes, "commits": observer.commits(), "reload": "", "flags": flags}
-    if int(least):
-        try:
-            llm.collective_rpc("reload_weights")
-        except Exception as error:
-            result["reload"] = str(error)
+    result = {
+        "passes": passes,
+        "commits": observer.commits(),
+        "reloaded": reloaded,
+        "flags": flags,
+    }
     observer.close()
     with open(result_file, "w") as file:
         json.dump(result, file)

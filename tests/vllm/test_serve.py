@@ -83,7 +83,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def engine(folder, checkpoint, work, reference):
-    settings = {**SETTINGS, "session": SESSION}
+    settings = {**SETTINGS, "session": SESSION, "transport": "engine"}
     with VllmServer(checkpoint, folder / "serve.log", **settings) as server:
         pid = server.process.pid
         yield Engine(server, work, reference)

@@ -1,0 +1,49 @@
+"""The calls by which vLLM writes weights into a running engine, and what we do around them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger("flash_eplb.worker")
+
+BEGINS = ("reload_weights", "start_weight_update", "start_draft_weight_update")
+ENDS = ("reload_weights", "finish_weight_update")
+"""Methods of vLLM's worker before and after which weights are written, on all ranks."""
+
+
+def follow_updates(worker_class: type, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Let `worker_class` call `begin` before it writes weights and `end` after it has.
+
+    If `begin` raises, nothing is written. If writing fails, nobody knows what the weights are:
+    `end` is not called, and no expert moves until an update succeeds.
+    """
+    for name in dict.fromkeys((*BEGINS, *ENDS)):
+        original = getattr(worker_class, name, None)
+        if original is not None and not hasattr(original, "_flash_eplb"):
+            around = begin if name in BEGINS else None, end if name in ENDS else None
+            setattr(worker_class, name, _wrapped(original, *around))
+
+
+def _wrapped(
+    original: Callable[..., Any], begin: Callable[[], None] | None, end: Callable[[], None] | None
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if begin is not None:
+            begin()
+        try:
+            result = original(*args, **kwargs)
+        except BaseException:
+            log.error(
+                "%s failed: no expert moves until weights have been updated", original.__name__
+            )
+            raise
+        if end is not None:
+            end()
+        return result
+
+    wrapped._flash_eplb = True  # type: ignore[attr-defined]
+    return wrapped

@@ -1,0 +1,164 @@
+"""Weights that change under the balancer: a reload, or an update by a trainer.
+
+An engine's loader writes by the placement of its start. So before it writes, all experts go back
+there; after it has written, their digests are taken anew, and balancing goes on. In between steps
+may run, and no expert moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ..ipc.round import Round, encode_round
+from ..loaders.loader import HOME, Loader
+from ..planners.plan import make_plan
+from .group import Group, UnsupportedError
+from .meeting import MeetingError, meet
+
+log = logging.getLogger("flash_eplb.worker")
+
+PATIENCE = 30.0
+"""Seconds that a rank waits for the others to be updated too."""
+
+
+class WeightUpdate:
+    """One rank's part in updates of the weights; main thread only, between two steps.
+
+    Args:
+        group: the EP group.
+        loader: of this rank.
+        redigest: takes the digests of all weights anew; UnsupportedError on all ranks if replicas
+            differ.
+        vote_steps, timeout: as of the settings; seconds that a transfer may take.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        loader: Loader,
+        redigest: Callable[[], None],
+        vote_steps: int,
+        timeout: float,
+    ):
+        self._group = group
+        self._loader = loader
+        self._initial = loader.placement.copy()  # where the engine's loader writes
+        self._redigest = redigest
+        self._vote_steps = vote_steps
+        self._timeout = timeout
+        self._updates = 0
+        self.is_open = False
+
+    def begin(self, step: int) -> None:
+        """Before the engine writes: bring all experts back, on all ranks.
+
+        Args:
+            step: this rank's number of steps.
+
+        Raises:
+            RuntimeError: the experts are not where the engine would write; nothing may be written.
+        """
+        if self.is_open:  # an update that failed half-way is begun again
+            return
+        self._check_not_stopped()
+        self._meet("begin", step)
+        self._updates += 1
+        self.is_open = True
+        try:
+            self._bring_home()
+        except Exception:
+            self._loader.release()
+            self.is_open = False
+            raise
+
+    def end(self, step: int) -> None:
+        """After the engine has written: new digests, and balance on."""
+        if not self.is_open:
+            return
+        self._meet("end", step)
+        try:
+            self._redigest()
+        except UnsupportedError as error:
+            self._loader.stop(f"after an update of the weights, {error}")
+            return
+        finally:
+            self.is_open = False
+        if not self._loader.stopped:
+            self._loader.release()
+            log.info("EP rank %d: weights updated, balancing goes on", self._group.rank)
+
+    def _check_not_stopped(self) -> None:
+        if self._loader.stopped and not self._is_home():
+            raise RuntimeError(
+                "flash_eplb has moved experts and has stopped since, so it cannot bring them back "
+                f"to where vLLM writes weights ({self._loader.stopped}); restart the engine"
+            )
+
+    def _meet(self, what: str, step: int) -> None:
+        group = self._group
+        name = f"flash_eplb/update/{self._updates}/{step}/{what}"
+        try:
+            meet(group.store, name, group.rank, group.ranks, PATIENCE)
+        except MeetingError as error:
+            raise RuntimeError(
+                "flash_eplb needs all EP ranks at the same step to update weights: "
+                f"{error}; pause generation on all of them first"
+            ) from error
+
+    def _bring_home(self) -> None:
+        loader = self._loader
+        loader.hold()
+        self._run()
+        self._check_not_stopped()
+        if not self._is_home():
+            self._move_home()
+        # An expert that was on its rank all the time may have come to another slot.
+        if not np.array_equal(loader.placement, self._initial):
+            loader.reorder(self._initial)
+        log.info("EP rank %d: experts are back where vLLM writes weights", self._group.rank)
+
+    def _move_home(self) -> None:
+        loader = self._loader
+        rows = min(self._group.gather(loader.free_rows))
+        if rows < 1:
+            raise RuntimeError("all staging rows are taken by transfers that hang; try again later")
+        rounds = make_plan(loader.placement, self._initial).rounds(rows)
+        shape = dict(zip(("layers", "ranks", "slots"), self._initial.shape, strict=True))
+        records = [
+            Round(
+                generation=HOME,
+                plan=self._updates,
+                sequence=number,
+                last=number == len(rounds) - 1,
+                epoch=loader.epoch + number,
+                moves=part.moves.tobytes(),
+                **shape,
+            )
+            for number, part in enumerate(rounds)
+        ]
+        loader.hold([encode_round(record) for record in records])
+        self._run()
+        self._check_not_stopped()
+        if not self._is_home():
+            raise RuntimeError("a transfer failed (the log says which); try again")
+
+    def _is_home(self) -> bool:
+        """Whether every expert is on its first ranks, in whatever slots."""
+        return np.array_equal(np.sort(self._loader.placement), np.sort(self._initial))
+
+    def _run(self) -> None:
+        """Tick without steps, alike on all ranks, until no round is under way."""
+        loader = self._loader
+        ticks = 2 * self._vote_steps  # the votes that were cast before must be heard
+        deadline = time.monotonic() + self._timeout
+        while not loader.stopped and (ticks > 0 or not loader.is_idle):
+            while loader.is_staging and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            if not loader.is_staging:
+                deadline = time.monotonic() + self._timeout
+            loader.tick()
+            ticks -= 1

@@ -1,0 +1,69 @@
+"""The digest of an expert: 63 bits over the bytes of all its tensors, at memory speed.
+
+On the CPU it is XXH3 (xxhash). On a device it is computed there, so that 8 bytes come to the host
+and not the expert: a weighted sum of the 32-bit words, modulo 2**64. The weights are odd and no two
+of them equal, so that no change of one word, and no exchange of two near ones, goes unseen. The two
+ways give different numbers; a group is of one kind of device.
+"""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+
+from .staging import slot_views
+
+_CHUNK = 1 << 20  # words that are summed up at once
+_MULTIPLIER = 0x9E3779B1  # odd; 2**32 / golden ratio
+_FOLD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; as a signed word
+_weights: dict[torch.device, torch.Tensor] = {}
+
+
+def row_digest(views: list[torch.Tensor]) -> int:
+    """Digest of one expert, from 0 to 2**63 - 1.
+
+    Args:
+        views: its bytes, uint8 tensors of one dimension; where they are cut does not matter on the
+            CPU, on a device it does.
+    """
+    if views[0].device.type != "cpu":
+        return device_digest(views)
+    state = xxhash.xxh3_64()
+    for view in views:
+        state.update(view.numpy().data)
+    return state.intdigest() >> 1
+
+
+def device_digest(views: list[torch.Tensor]) -> int:
+    """`row_digest` by torch's own operations, on any device; waits for it once, at the end."""
+    total = torch.zeros((), dtype=torch.int64, device=views[0].device)
+    for view in views:
+        for chunk in _words(view).split(_CHUNK):
+            weights = _weights_on(view.device)[: chunk.numel()]
+            total = total * _FOLD + (chunk.to(torch.int64) * weights).sum() + view.numel()
+    return int(total) & (2**63 - 1)
+
+
+def digests(weights: list[list[torch.Tensor]]) -> list[list[int]]:
+    """[layers][slots] digests of all experts of a rank."""
+    return [
+        [row_digest(slot_views(layer, slot)) for slot in range(layer[0].shape[0])]
+        for layer in weights
+    ]
+
+
+def _words(view: torch.Tensor) -> torch.Tensor:
+    """The bytes as int32, the last word filled up with zeros."""
+    if view.numel() % 4 or view.storage_offset() % 4:
+        padded = view.new_zeros((view.numel() + 3) // 4 * 4)
+        padded[: view.numel()] = view
+        view = padded
+    return view.view(torch.int32)
+
+
+def _weights_on(device: torch.device) -> torch.Tensor:
+    """int64[_CHUNK], odd and different, below 2**32."""
+    if device not in _weights:
+        numbers = torch.arange(_CHUNK, dtype=torch.int64, device=device)
+        _weights[device] = ((2 * numbers + 1) * _MULTIPLIER) & 0xFFFFFFFF
+    return _weights[device]

@@ -1,0 +1,66 @@
+"""Which transport a group uses: chosen by what is there, or by `EPLB_TRANSPORT`."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from .engine import Engine
+from .transport import EngineCommunicator, PeerToPeer, Transport
+
+_DEVICES = {"nccl": "cuda", "hccl": "npu"}
+
+
+def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool) -> str:
+    """One of "gloo", "nccl", "hccl" and "engine".
+
+    By itself: gloo on the CPU, HCCL on Ascend, and on CUDA the engine's communicator if it reads
+    memory from afar (nixl), else gloo by way of the host. NCCL beside the engine's own collectives
+    has hung others, so it is used only when it is asked for.
+
+    Args:
+        wanted: `EPLB_TRANSPORT`.
+        device: type of the device that the experts lie on.
+        communicator: name of the engine's own communicator, "" if it has none.
+        borrowed: whether all staging rows lie in the engine's buffer, the only memory that such a
+            communicator may write to.
+
+    Raises:
+        ValueError: the one that is wanted cannot serve here.
+    """
+    if wanted == "auto":
+        if device == "cuda" and borrowed and "nixl" in communicator.lower():
+            return "engine"
+        return "hccl" if device == "npu" else "gloo"
+    if wanted == "engine" and not communicator:
+        raise ValueError(
+            "EPLB_TRANSPORT=engine: this engine has no communicator of its own; use auto"
+        )
+    if wanted == "engine" and device == "cpu" and "Staged" in communicator:
+        raise ValueError(
+            f"EPLB_TRANSPORT=engine: {communicator} of this engine needs an accelerator; use auto, "
+            'or let vLLM take another (--eplb-config \'{"communicator": "torch_nccl"}\')'
+        )
+    if _DEVICES.get(wanted, device) != device:
+        raise ValueError(
+            f"EPLB_TRANSPORT={wanted}: it moves what lies on {_DEVICES[wanted]} devices, the "
+            f"experts lie on {device}; use auto"
+        )
+    return wanted
+
+
+def communicator_name(engine: Engine) -> str:
+    """Class of the engine's own communicator, "" if it has none."""
+    return type(engine.communicators[0][0]).__name__ if engine.communicators else ""
+
+
+def make_transport(
+    kind: str, engine: Engine, store: dist.Store, rank: int, ranks: int, timeout: float
+) -> Transport:
+    """The transport that `choose_transport` named; the arguments are those of `PeerToPeer`."""
+    if kind != "engine":
+        return PeerToPeer(kind, store, rank, ranks, timeout)
+    slots = engine.placement.shape[2]
+    fallback = PeerToPeer("gloo", store, rank, ranks, timeout)
+    return EngineCommunicator(
+        communicator_name(engine), engine.communicators, ranks, slots, fallback
+    )

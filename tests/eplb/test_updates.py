@@ -1,0 +1,67 @@
+import pytest
+
+from flash_eplb.eplb.updates import follow_updates
+
+
+class Log(list):
+    """A worker class like vLLM's, and what was called, in order."""
+
+    def __init__(self, fail=""):
+        def method(name):
+            def call(worker, *args):
+                self.append(name)
+                if name == fail:
+                    raise OSError("no such file")
+                return args
+
+            call.__name__ = name
+            return call
+
+        names = ["reload_weights", "start_weight_update", "update_weights", "finish_weight_update"]
+        self.worker = type("Worker", (), {name: method(name) for name in names})
+        follow_updates(self.worker, lambda: self.append("begin"), lambda: self.append("end"))
+
+
+def test_a_reload_begins_and_ends():
+    log = Log()
+    assert log.worker().reload_weights("path") == ("path",)
+    assert log == ["begin", "reload_weights", "end"]
+
+
+def test_an_update_begins_with_its_start_and_ends_with_its_finish():
+    log, worker = Log(), None
+    worker = log.worker()
+    worker.start_weight_update()
+    worker.update_weights({})
+    worker.finish_weight_update()
+    assert log == [
+        "begin", "start_weight_update", "update_weights", "finish_weight_update", "end"
+    ]  # fmt: skip
+
+
+def test_a_write_that_fails_is_not_ended(caplog):
+    log = Log(fail="reload_weights")
+    with pytest.raises(OSError, match="no such file"):
+        log.worker().reload_weights()
+    assert log == ["begin", "reload_weights"]
+    assert "reload_weights failed: no expert moves until weights have been updated" in caplog.text
+
+
+def test_nothing_is_written_if_it_may_not_begin():
+    log = Log()
+
+    def refuse():
+        raise RuntimeError("not now")
+
+    worker = type("Worker", (), {"reload_weights": lambda self: log.append("written")})
+    follow_updates(worker, refuse, lambda: log.append("end"))
+    with pytest.raises(RuntimeError, match="not now"):
+        worker().reload_weights()
+    assert log == []
+
+
+def test_a_second_state_does_not_wrap_again():
+    log = Log()
+    follow_updates(log.worker, lambda: log.append("other"), lambda: log.append("other"))
+    log.worker().reload_weights()
+    assert log == ["begin", "reload_weights", "end"]

@@ -1,0 +1,280 @@
+"""Weights that change under two workers whose experts have moved."""
+
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_worker import SIZES, Workers
+
+from flash_eplb.eplb import weight_update
+from flash_eplb.ipc.names import rank_name
+from flash_eplb.ipc.rank_segment import RankSegment
+from flash_eplb.ipc.round import Round, encode_round
+from flash_eplb.ipc.status import Field, State
+from flash_eplb.loaders import stager as stager_module
+from flash_eplb.planners.plan import make_plan
+
+LAYERS, EXPERTS, RANKS, SLOTS = SIZES
+GENERATION = 99
+
+
+class Moving(Workers):
+    """Workers with a planner's end of their queues."""
+
+    def __init__(self, session, **options):
+        super().__init__(session, configs=[{"staging_rows": 1, **options}] * 2)
+        self.step()
+        self.initial = self.engines[0].placement
+        self.segments = [
+            RankSegment.open(rank_name(session, rank), writable=True) for rank in range(2)
+        ]
+        for segment in self.segments:
+            segment.plans.take_over(GENERATION)
+        self.sequence = 1
+        self.plans = 0
+
+    @property
+    def placement(self):
+        return self.workers[0]._loader.placement
+
+    def send(self, wanted):
+        """The rounds of a plan to both ranks, as far as the queues hold them."""
+        self.plans += 1
+        epoch = self.workers[0].epoch
+        rounds = make_plan(self.placement, wanted).rounds(1)
+        for number, part in enumerate(rounds):
+            record = encode_round(
+                Round(
+                    GENERATION,
+                    self.plans,
+                    self.sequence + number,
+                    number == len(rounds) - 1,
+                    epoch + number,
+                    LAYERS,
+                    RANKS,
+                    SLOTS,
+                    part.moves.tobytes(),
+                )
+            )
+            for segment in self.segments:
+                segment.plans.put(record)
+        self.sequence += len(rounds)
+
+    def move(self):
+        """Reverse the ranks of layer 1, and wait for it."""
+        wanted = self.placement.copy()
+        wanted[1] = wanted[1, ::-1]
+        self.send(wanted)
+        self.step_until(lambda: {*self.placement[1, 0]} == {*wanted[1, 0]})
+
+    def step_until(self, done):
+        for _ in range(2000):
+            if done():
+                return
+            self.step()
+        raise AssertionError("not reached")
+
+    def write(self, rank):
+        """What an engine's loader does: new weights, by the initial placement."""
+        engine = self.engines[rank]
+        for layer, (wide, narrow) in enumerate(engine.weights):
+            ids = torch.from_numpy(EXPERTS - 1 - self.initial[layer, rank].astype(np.float32))
+            wide.copy_((ids * 1000 + layer)[:, None] + torch.arange(37) / 64)
+            narrow.copy_((wide[:, :5] * 3).to(torch.bfloat16))
+
+    def update(self):
+        def one(rank):
+            self.workers[rank].begin_update()
+            self.write(rank)
+            self.workers[rank].end_update()
+
+        self.run(one)
+
+    def check(self, is_new):
+        """Every slot holds what the placement names, and the tables follow."""
+        for rank, engine in enumerate(self.engines):
+            held = engine.experts_in_slots()
+            placed = self.placement[:, rank]
+            assert np.array_equal(held, EXPERTS - 1 - placed if is_new else placed)
+            assert np.array_equal(engine.routed, self.placement)
+            assert self.workers[rank].epoch == self.workers[0].epoch
+
+
+@pytest.fixture
+def moving(session):
+    made = []
+
+    def make(**options):
+        made.append(Moving(session, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for segment in one.segments:
+            segment.close()
+        one.close()
+
+
+def test_experts_go_back_before_weights_are_written_and_move_again_after(moving):
+    group = moving()
+    group.move()
+    group.check(is_new=False)
+    assert not np.array_equal(group.placement, group.initial)
+    epoch = group.workers[0].epoch
+    group.update()
+    assert np.array_equal(group.placement, group.initial)
+    group.check(is_new=True)
+    assert group.workers[0].epoch > epoch
+    group.step(20)
+    group.move()  # proved by the new digests
+    group.check(is_new=True)
+    assert [s.status[Field.ABORTED] for s in group.segments] == [0, 0]
+    assert [s.status[Field.DAMAGED] for s in group.segments] == [0, 0]
+
+
+def test_experts_go_back_to_their_very_slots(moving):
+    """There and back between the ranks, an expert may be left in another slot."""
+    group = moving()
+    for experts in ([1, 2, 3], [0, 2, 3], [0, 1, 2]):  # of rank 0; rank 1 holds 0, 1 and 3
+        wanted = group.placement.copy()
+        wanted[:, 0] = experts
+        group.send(wanted)
+        group.step_until(lambda want=experts: (np.sort(group.placement[:, 0]) == want).all())
+    assert not np.array_equal(group.placement, group.initial)
+    group.update()
+    assert np.array_equal(group.placement, group.initial)
+    group.check(is_new=True)
+
+
+def test_nothing_moves_between_the_begin_and_the_end_of_an_update(moving):
+    group = moving()
+    group.move()
+    group.run(lambda rank: group.workers[rank].begin_update())
+    epoch = group.workers[0].epoch
+    wanted = group.placement.copy()
+    wanted[0] = wanted[0, ::-1]
+    group.send(wanted)
+    group.step(40)
+    assert group.workers[0].epoch == epoch
+    assert np.array_equal(group.placement, group.initial)
+    group.run(group.write)
+    group.step(10)
+    group.run(lambda rank: group.workers[rank].end_update())
+    group.step(20)
+    assert group.workers[0].epoch == epoch + 1  # the plan of before is void
+    group.move()
+    group.check(is_new=True)
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_a_round_under_way_is_given_up_or_committed_by_all(moving, steps):
+    group = moving()
+    wanted = group.placement.copy()
+    wanted[1] = wanted[1, ::-1]
+    group.send(wanted)
+    group.step(steps)
+    group.update()
+    assert np.array_equal(group.placement, group.initial)
+    group.step(20)
+    group.move()
+    group.check(is_new=True)
+
+
+def test_a_stager_that_hangs_does_not_hang_the_update(moving, monkeypatch):
+    group = moving(staging_rows=2, plan_timeout_steps=20)
+    release, stage = threading.Event(), stager_module.Stager._stage
+
+    def hang(self, errand):
+        if self._rank == 1 and errand.identity:
+            release.wait(20)
+        return stage(self, errand)
+
+    group.move()
+    monkeypatch.setattr(stager_module.Stager, "_stage", hang)
+    wanted = group.placement.copy()
+    wanted[0] = wanted[0, ::-1]
+    group.send(wanted)
+    group.step_until(lambda: group.segments[1].status[Field.STATE] == State.STAGING)
+    monkeypatch.setattr(stager_module.Stager, "_stage", stage)
+    group.update()
+    assert np.array_equal(group.placement, group.initial)
+    release.set()
+    group.step_until(lambda: group.segments[1].status[Field.QUARANTINED_ROWS] == 0)
+    group.move()
+    group.check(is_new=True)
+
+
+def test_a_rank_that_is_not_updated_refuses_it_to_the_others(moving, monkeypatch):
+    monkeypatch.setattr(weight_update, "PATIENCE", 0.2)
+    group = moving()
+    group.move()
+    before = group.placement.copy()
+    with pytest.raises(RuntimeError, match=r"EP rank 0 .* EP ranks \[1\] .*pause generation"):
+        group.workers[0].begin_update()
+    group.step(10)
+    assert np.array_equal(group.placement, before)
+    group.update()
+    group.check(is_new=True)
+
+
+def test_weights_that_were_changed_unseen_are_not_moved_back(moving):
+    group = moving()
+    group.move()
+    group.engines[0].weights[1][0][2, 3] += 1  # expert 3, which belongs on rank 1
+    errors = group.run(lambda rank: _error(group.workers[rank].begin_update))
+    for error in errors:
+        assert "flash_eplb has moved experts and has stopped since" in error
+        assert "weights are not those of the start" in error
+        assert "restart the engine" in error
+    assert "restart the engine" in _error(group.workers[0].begin_update)
+
+
+def test_replicas_that_differ_after_an_update_stop_balancing(moving, caplog):
+    group = moving()
+
+    def one(rank):
+        group.workers[rank].begin_update()
+        group.write(rank)
+        group.engines[rank].weights[1][0][1, 3] += rank  # rank 1's replica of expert 0
+        group.workers[rank].end_update()
+
+    group.run(one)
+    for rank in range(2):
+        stopped = group.workers[rank]._loader.stopped
+        assert stopped.startswith("after an update of the weights, layer 1 expert 0")
+    group.step(4)
+    # experts are where the engine writes, so it may write again
+    group.update()
+
+
+def test_an_update_that_failed_half_way_is_begun_again(moving):
+    group = moving()
+    group.move()
+    group.run(lambda rank: group.workers[rank].begin_update())
+    group.step(6)
+    group.update()
+    group.check(is_new=True)
+    group.move()
+    group.check(is_new=True)
+
+
+def test_before_the_first_step_there_is_nothing_to_do(session):
+    group = Workers(session)
+    for worker in group.workers:
+        worker.begin_update()
+        worker.end_update()
+    group.step(2)
+    group.close()
+
+
+def _error(action) -> str:
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,229 @@
+"""Transports between ranks in threads: torch's own, and an engine's communicators."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape
+from flash_eplb.loaders.transport import EngineCommunicator, Parcel, PeerToPeer
+from flash_eplb.loaders.transports import choose_transport, communicator_name, make_transport
+
+RANKS = 3
+
+
+def in_ranks(action, ranks=RANKS):
+    """What `action(rank)` gives on each rank, or its error."""
+    found = [None] * ranks
+
+    def one(rank):
+        try:
+            found[rank] = action(rank)
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def connected(store, epoch=0, timeout=10.0):
+    transports = [PeerToPeer("gloo", store.clone(), rank, RANKS, timeout) for rank in range(RANKS)]
+    in_ranks(lambda rank: transports[rank].connect(epoch))
+    return transports
+
+
+def moves_of(*rows):
+    return np.array(list(rows), MOVE)
+
+
+def parcels(moves, rank, layout=(5, 0, 33)):
+    """(leaving, arriving) of a rank; what leaves tells the number of its move."""
+    leaving, arriving = [], []
+    for number, move in enumerate(moves):
+        views = [torch.full((size,), number + 1, dtype=torch.uint8) for size in layout]
+        empty = [torch.zeros(size, dtype=torch.uint8) for size in layout]
+        facts = (number, int(move["layer"]), int(move["expert"]))
+        if move["source_rank"] == rank:
+            leaving.append(Parcel(*facts, int(move["rank"]), views))
+        if move["rank"] == rank:
+            arriving.append(Parcel(*facts, int(move["source_rank"]), empty))
+    return leaving, arriving
+
+
+def delivered(moves, exchange):
+    """Whether every parcel has arrived where it belongs; `exchange(rank, moves, out, in)`."""
+
+    def one(rank):
+        leaving, arriving = parcels(moves, rank)
+        exchange(rank, moves, leaving, arriving)
+        return all((view == p.number + 1).all() for p in arriving for view in p.views)
+
+    return in_ranks(one)
+
+
+# layer, expert, source rank, source slot, rank, slot
+ROUND = moves_of(
+    (0, 5, 1, 0, 0, 2),
+    (0, 6, 1, 1, 0, 1),
+    (2, 5, 0, 0, 2, 0),
+    (2, 7, 2, 1, 0, 0),
+    (1, 9, 2, 2, 1, 1),
+)
+
+
+def test_gloo_brings_each_expert_to_its_rank():
+    transports = connected(dist.HashStore())
+    for _ in range(3):
+        found = delivered(ROUND, lambda rank, *args: transports[rank].exchange(*args))
+        assert found == [True] * RANKS
+
+
+def test_a_rank_that_takes_no_part_does_not_wait():
+    transports = connected(dist.HashStore())
+    transports[1].exchange(ROUND[2:4], [], [])
+    done = delivered(
+        ROUND[2:4], lambda rank, *args: transports[rank].exchange(*args) if rank != 1 else None
+    )
+    assert done == [True] * RANKS
+
+
+def test_what_waits_for_a_rank_that_disconnects_fails_and_a_new_epoch_serves():
+    store = dist.HashStore()
+    transports = connected(store)
+
+    def one(rank):
+        if rank == 0:
+            transports[0].disconnect()
+            return None
+        leaving, arriving = parcels(ROUND, rank)
+        return transports[rank].exchange(ROUND, leaving, arriving)
+
+    found = in_ranks(one)
+    assert isinstance(found[1], RuntimeError)
+    assert isinstance(found[2], RuntimeError)
+    in_ranks(lambda rank: transports[rank].connect(1))
+    again = delivered(ROUND, lambda rank, *args: transports[rank].exchange(*args))
+    assert again == [True] * RANKS
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_timeout():
+    transport = PeerToPeer("gloo", dist.HashStore(), 0, 2, timeout=0.3)
+    with pytest.raises(RuntimeError):
+        transport.connect(0)
+
+
+class Communicator:
+    """Like vLLM's nixl: a layer's context first, everything of that layer, then execute."""
+
+    def __init__(self, rank, table, meeting):
+        self.rank = rank
+        self.table = table
+        self.meeting = meeting
+        self.layer = None
+        self.contexts = []
+
+    def set_transfer_context(self, old_indices, layer_idx):
+        assert self.layer is None, "the last layer was not executed"
+        self.layer = layer_idx
+        self.contexts.append((layer_idx, old_indices.reshape(RANKS, -1).tolist()))
+        self.received = []
+
+    def add_send(self, tensors, dst_rank, expert_id):
+        self.table[self.layer, expert_id, self.rank, dst_rank] = tensors
+
+    def add_recv(self, tensors, src_rank, expert_id):
+        self.received.append((tensors, (self.layer, expert_id, src_rank, self.rank)))
+
+    def execute(self):
+        self.meeting.wait(10)  # every rank executes every layer
+        for tensors, key in self.received:
+            for target, source in zip(tensors, self.table[key], strict=True):
+                target.copy_(source)
+        self.layer = None
+
+
+def with_communicators(store):
+    table, meeting = {}, threading.Barrier(RANKS)
+    made = [Communicator(rank, table, meeting) for rank in range(RANKS)]
+    layers = [[(one, number + 10) for number in range(3)] for one in made]
+    transports = [
+        EngineCommunicator(
+            "Communicator",
+            layers[rank],
+            RANKS,
+            3,
+            PeerToPeer("gloo", store.clone(), rank, RANKS, 10),
+        )
+        for rank in range(RANKS)
+    ]
+    return made, transports
+
+
+def test_the_engines_communicator_moves_one_layer_after_the_other():
+    made, transports = with_communicators(dist.HashStore())
+    in_ranks(lambda rank: transports[rank].connect(0))
+    found = delivered(ROUND, lambda rank, *args: transports[rank].exchange(*args))
+    assert found == [True] * RANKS
+    assert {one.name for one in transports} == {"Communicator"}
+    for one in made:
+        assert [layer for layer, _ in one.contexts] == [10, 11, 12]
+    assert made[0].contexts[0][1] == [[-1, -1, -1], [5, 6, -1], [-1, -1, -1]]
+
+
+def test_after_a_round_that_failed_the_fallback_moves_experts():
+    made, transports = with_communicators(dist.HashStore())
+    in_ranks(lambda rank: transports[rank].connect(0))
+    transports[1].disconnect()  # it has failed here; the others hear of it by the vote
+    in_ranks(lambda rank: transports[rank].connect(1))
+    assert {one.name for one in transports} == {"gloo"}
+    found = delivered(ROUND, lambda rank, *args: transports[rank].exchange(*args))
+    assert found == [True] * RANKS
+    assert all(not one.contexts for one in made)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "communicator", "borrowed", "chosen"),
+    [
+        ("auto", "cpu", "", False, "gloo"),
+        ("auto", "cpu", "TorchDistNcclEplbCommunicator", True, "gloo"),
+        ("auto", "npu", "", False, "hccl"),
+        ("auto", "cuda", "NixlEplbCommunicator", True, "engine"),
+        ("auto", "cuda", "NixlEplbCommunicator", False, "gloo"),
+        ("auto", "cuda", "TorchDistNcclEplbCommunicator", True, "gloo"),
+        ("gloo", "cuda", "NixlEplbCommunicator", True, "gloo"),
+        ("nccl", "cuda", "", False, "nccl"),
+        ("engine", "cpu", "TorchDistNcclEplbCommunicator", False, "engine"),
+    ],
+)
+def test_the_choice(wanted, device, communicator, borrowed, chosen):
+    assert choose_transport(wanted, device, communicator, borrowed) == chosen
+
+
+def test_a_transport_that_cannot_serve_here_is_refused():
+    with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=nccl: .* cuda .* lie on cpu; use auto"):
+        choose_transport("nccl", "cpu", "", False)
+    with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=hccl: .* npu .* lie on cuda"):
+        choose_transport("hccl", "cuda", "", False)
+    with pytest.raises(ValueError, match="EPLB_TRANSPORT=engine: this engine has no communicator"):
+        choose_transport("engine", "cpu", "", False)
+    staged = "TorchDistGlooStagedEplbCommunicator"
+    with pytest.raises(ValueError, match=f"{staged} .* needs an accelerator; use auto, or .*nccl"):
+        choose_transport("engine", "cpu", staged, False)
+    assert choose_transport("engine", "cuda", staged, False) == "engine"
+
+
+def test_transports_are_made_by_name():
+    engine = MoeEngine(MoeShape(layers=1, experts=4, ranks=2, slots=3), 0)
+    store = dist.HashStore()
+    assert communicator_name(engine) == ""
+    assert make_transport("gloo", engine, store, 0, 2, 1.0).name == "gloo"
+    engine.communicators = [(Communicator(0, {}, None), 0)]
+    assert communicator_name(engine) == "Communicator"
+    assert make_transport("engine", engine, store, 0, 2, 1.0).name == "Communicator"
