@@ -24,9 +24,10 @@ class Group:
 
     Attributes:
         rank, ranks: of this process in the group.
-        cpu_group: process group of the EP ranks on the CPU, for votes and for the start.
+        cpu_group: process group of the EP ranks on the CPU, for the start and for updates.
         store: a store that all ranks share, for our own connections.
         counting: EP ranks whose heat adds up to the group's (`GroupShape.counting`).
+        patience: seconds that the engine waits for a rank in a collective.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Group:
     cpu_group: dist.ProcessGroup
     store: dist.Store
     counting: tuple[int, ...]
+    patience: float = 1800.0
 
     def gather(self, item: Any) -> list[Any]:
         """`item` of every rank, in the order of the ranks."""

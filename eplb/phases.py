@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from ..ipc.flags import FLAG_DECODE, FLAG_PREFILL
+from .hooks import call_before
 
 
 def show_batches(runner_class: type) -> None:
@@ -13,17 +13,11 @@ def show_batches(runner_class: type) -> None:
 
     A runner without `eplb_step` is left as it is: the phase of its steps is unknown then.
     """
-    original = getattr(runner_class, "eplb_step", None)
-    if original is None or hasattr(original, "_flash_eplb"):
-        return
 
-    @functools.wraps(original)
-    def eplb_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.eplb_state.batch = getattr(self, "input_batch", None)
-        return original(self, *args, **kwargs)
+    def show(runner: Any) -> None:
+        runner.eplb_state.batch = getattr(runner, "input_batch", None)
 
-    eplb_step._flash_eplb = True  # type: ignore[attr-defined]
-    runner_class.eplb_step = eplb_step  # type: ignore[attr-defined]
+    call_before(runner_class, "eplb_step", show)
 
 
 def phase_of(batch: Any) -> int:

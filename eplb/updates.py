@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from .hooks import Method, wrap_once
+
 log = logging.getLogger("flash_eplb.worker")
 
 BEGINS = ("reload_weights", "start_weight_update", "start_draft_weight_update")
@@ -21,16 +23,13 @@ def follow_updates(worker_class: type, begin: Callable[[], None], end: Callable[
     `end` is not called, and no expert moves until an update succeeds.
     """
     for name in dict.fromkeys((*BEGINS, *ENDS)):
-        original = getattr(worker_class, name, None)
-        if original is not None and not hasattr(original, "_flash_eplb"):
-            around = begin if name in BEGINS else None, end if name in ENDS else None
-            setattr(worker_class, name, _wrapped(original, *around))
+        around = begin if name in BEGINS else None, end if name in ENDS else None
+        wrap_once(worker_class, name, functools.partial(_wrapped, *around))
 
 
 def _wrapped(
-    original: Callable[..., Any], begin: Callable[[], None] | None, end: Callable[[], None] | None
-) -> Callable[..., Any]:
-    @functools.wraps(original)
+    begin: Callable[[], None] | None, end: Callable[[], None] | None, original: Method
+) -> Method:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if begin is not None:
             begin()
@@ -45,5 +44,4 @@ def _wrapped(
             end()
         return result
 
-    wrapped._flash_eplb = True  # type: ignore[attr-defined]
     return wrapped

@@ -21,6 +21,7 @@ from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.parallel_state import get_ep_group
 
 from .config import Config
+from .hooks import call_before
 from .phases import phase_of, show_batches
 from .support import unsupported_mode, unsupported_model
 from .updates import follow_updates
@@ -100,11 +101,21 @@ class FlashEplbState(EplbState):
             cpu_group=coordinator.cpu_group,
             store=torch.distributed.distributed_c10d._get_default_store(),
             counting=tuple(range(0, ranks, tensor_parallel)),
+            patience=_patience(coordinator.cpu_group),
         )
         experts = states[-1].logical_replica_count.shape[1]
         self.worker = Worker(self.config, group, engine, engine.models, experts)
         if not is_dummy:
             self.worker.forward(0)  # the pass that this first step ends
+
+
+def _patience(group: Any) -> float:
+    """Seconds after which a collective of `group` fails; torch's default where it does not say."""
+    try:
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        timeout = torch.distributed.constants.default_pg_timeout
+    return timeout.total_seconds()
 
 
 _states: list[FlashEplbState] = []
@@ -113,6 +124,13 @@ _states: list[FlashEplbState] = []
 def is_worker() -> bool:
     """Whether this process has built an EPLB state, that is, runs a rank."""
     return bool(_states)
+
+
+def _settle(runner: Any) -> None:
+    """A dummy pass is about to run, of which `prepare_forward` tells nothing."""
+    worker = getattr(getattr(runner, "eplb_state", None), "worker", None)
+    if worker is not None:
+        worker.settle()
 
 
 def _begin_update() -> None:
@@ -157,6 +175,7 @@ def install(config: Config) -> None:
             follow_updates(module.Worker, _begin_update, _end_update)
         if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
             show_batches(module.GPUModelRunner)
+            call_before(module.GPUModelRunner, "_dummy_run", _settle)
         return state
 
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]

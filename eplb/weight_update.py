@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..ipc.round import Round, encode_round
-from ..loaders.loader import HOME, Loader
+from ..loaders.inbox import HOME
+from ..loaders.loader import Loader
 from ..planners.plan import make_plan
 from .group import Group, UnsupportedError
 from .meeting import MeetingError, meet

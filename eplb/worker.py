@@ -18,10 +18,9 @@ from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
 from ..ipc.flags import FLAG_DUMMY
 from ..ipc.limits import check_files, check_memory
-from ..ipc.liveness import SegmentError
+from ..ipc.liveness import SegmentError, owner_is_alive
 from ..ipc.names import bell_name, rank_name
 from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes
-from ..ipc.segment import Segment
 from ..ipc.session import remove_dead, session_lock
 from ..ipc.shape import GroupShape, ModelShape
 from ..ipc.status import Field
@@ -82,6 +81,7 @@ class Worker:
         self.refused = ""
         self._started = False
         self._segment: RankSegment | None = None
+        self._box_segment: RankSegment | None = None
         self._bell: Doorbell | None = None
         self._watch: PlannerWatch | None = None
 
@@ -90,13 +90,18 @@ class Worker:
         """Rounds committed so far."""
         return self._loader.epoch if self._started and not self.refused else 0
 
-    def forward(self, tokens: int) -> None:
-        """A forward pass of `tokens` tokens is about to run."""
+    def settle(self) -> None:
+        """A pass is about to run, maybe a dummy one: make up for a step that the last one owes."""
         if self._in_forward and self._started and not self.refused:
-            # The previous pass ended without its step. Its vote is still owed, and what it
-            # decides must happen before this pass; then balancing stops, on all ranks.
+            # Its vote is still owed, and what that decides must happen before this pass; then
+            # balancing stops, on all ranks.
             self._report_mismatch()
             self._tick(FLAG_DUMMY)
+            self._in_forward = False
+
+    def forward(self, tokens: int) -> None:
+        """A forward pass of `tokens` tokens is about to run."""
+        self.settle()
         self._in_forward = True
         self._tokens = tokens
 
@@ -131,7 +136,7 @@ class Worker:
         committed = self._loader.tick()
         assert self._segment is not None
         status = self._segment.status
-        status[Field.STEP] = self._step
+        status.show(Field.STEP, self._step)
         late = self._collector.merged, self._collector.dropped
         if late != self._late:
             self._late = late
@@ -156,7 +161,7 @@ class Worker:
             Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
-            self._group.together(lambda: _find(self._config.session, generation))
+            self._group.together(lambda: self._find_box(generation))
             self._group.together(self._build)
         except UnsupportedError as error:
             self.refused = str(error)
@@ -208,8 +213,31 @@ class Worker:
         if rank == 0:
             self._bell = Doorbell.create(bell_name(session))
 
+    def _find_box(self, generation: int) -> None:
+        """Attach to EP rank 0's segment, in which all ranks vote."""
+        assert self._segment is not None
+        name = rank_name(self._config.session, 0)
+        if self._group.rank == 0:
+            self._box_segment = self._segment
+            return
+        try:
+            found = RankSegment.open(name, writable=True, published=False)
+            if found.generation == generation:
+                self._box_segment = found
+                return
+        except SegmentError:
+            pass
+        raise SegmentError(
+            f"it does not share /dev/shm with EP rank 0 ({name} is not visible), so no planner "
+            "can serve both; run the workers of a group in one container or share /dev/shm"
+        )
+
+    def _is_alive(self, rank: int) -> bool:
+        return owner_is_alive(rank_name(self._config.session, rank))
+
     def _build(self) -> None:
         assert self._segment is not None
+        assert self._box_segment is not None
         config, group, engine, shape = self._config, self._group, self._engine, self._shape
         reference = self._reference if config.verify else None
         staging = Staging(engine.weights, config.staging_rows, engine.buffer)
@@ -227,7 +255,7 @@ class Worker:
         self._loader = Loader(
             engine,
             self._segment,
-            Vote(group.cpu_group, group.rank),
+            Vote(self._box_segment.ballots, group.rank, self._is_alive, group.patience),
             StagerPool(make_stager, group.rank, config.staging_rows),
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
@@ -295,25 +323,10 @@ class Worker:
         if self._bell is not None:
             self._bell.close()
             self._bell = None
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
-
-
-def _find(session: str, generation: int) -> None:
-    """Raise SegmentError unless EP rank 0's segment is visible here."""
-    name = rank_name(session, 0)
-    try:
-        segment = Segment.open(name, published=False)
-        same = segment.generation == generation
-        segment.close()
-    except SegmentError:
-        same = False
-    if not same:
-        raise SegmentError(
-            f"it does not share /dev/shm with EP rank 0 ({name} is not visible), so no planner "
-            "can serve both; run the workers of a group in one container or share /dev/shm"
-        )
+        for segment in (self._segment, self._box_segment):
+            if segment is not None:
+                segment.close()
+        self._segment = self._box_segment = None
 
 
 def _boot_id() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 MOVE = np.dtype(
     [
@@ -35,6 +36,32 @@ def check_placement(placement: np.ndarray, experts: int) -> None:
     _check_range(placement, experts)
     _check_twice(placement)
     _check_missing(placement, experts)
+
+
+@njit(nogil=True, cache=True)
+def is_complete(placement, layers, experts):
+    """Whether in these layers every expert has a slot and stands on no rank twice.
+
+    Args:
+        placement: int32[layers, ranks, slots], all experts in range.
+        layers: int[n], those to look at.
+        experts: number of logical experts per layer.
+    """
+    _, ranks, slots = placement.shape
+    latest = np.full(experts, -1, np.int64)  # layer * ranks + rank where an expert was seen last
+    for layer in layers:
+        found = 0
+        for rank in range(ranks):
+            here = layer * ranks + rank
+            for slot in range(slots):
+                expert = placement[layer, rank, slot]
+                if latest[expert] == here:
+                    return False
+                found += latest[expert] < layer * ranks
+                latest[expert] = here
+        if found < experts:
+            return False
+    return True
 
 
 def apply_moves(placement: np.ndarray, moves: np.ndarray) -> np.ndarray:

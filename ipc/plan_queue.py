@@ -3,7 +3,7 @@
 Owner: the worker creates it. Producer: the planner whose generation stands in it, one at a time.
 Consumer: the loader. A record is seen only once the head has moved past it, so a producer that
 dies while writing leaves nothing. A new planner writes its generation first; the loader drops
-records of other generations. An empty poll costs one atomic load. A head that is not 0 to `SLOTS`
+records of other generations. An empty poll costs one load. A head that is not 0 to `SLOTS`
 records ahead of the tail is no producer's work: the consumer drops what is there and goes on.
 
     word 0   head: records written          word 8    tail: records read (in its own cache line)
@@ -39,6 +39,7 @@ class PlanQueue:
     def __init__(self, body: np.ndarray, limit: int):
         self.limit = limit
         self._words = body[: len(body) // 8 * 8].view(WORD)
+        self._plain = self._words.data
         self._slot_bytes = aligned(_PREFIX.size + limit)
         self._slots = body[_FIRST : _FIRST + SLOTS * self._slot_bytes].reshape(SLOTS, -1)
         self._tail = int(self._words[_TAIL])
@@ -83,8 +84,8 @@ class PlanQueue:
         # crash point: queue.put.head
 
     def has_record(self) -> bool:
-        """Consumer: whether a record waits; one atomic load."""
-        return load_acquire(self._words, _HEAD) != self._tail
+        """Consumer: whether a record waits; one plain load, `get` makes sure."""
+        return self._plain[_HEAD] != self._tail
 
     def get(self) -> bytes:
         """Consumer: the oldest waiting record; it is taken even if it turns out to be damaged.

@@ -1,7 +1,8 @@
 """A worker's segment: one name, one owner, one lock for everything that bears its rank.
 
-Its areas, in this order: status block, step timings, placement board, plan queue, heat ring. The
-worker writes all of them but the plan queue; the planner writes that one and reads the rest.
+Its areas, in this order: status block, step timings, placement board, ballot box, plan queue, heat
+ring. The worker writes all of them but two: the plan queue is the planner's, and the ballot box, of
+which only rank 0's is used, all workers'.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from .ballot_box import WORDS, BallotBox
 from .heat_ring import HeatRing
 from .liveness import SegmentError
 from .names import rank_name
+from .placement import is_complete
 from .plan_queue import PlanQueue
 from .round import record_limit
 from .segment import Segment, aligned, take_name
@@ -35,15 +38,16 @@ class RankHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class RankAreas:
     """The areas of one rank over `body` (uint8, `segment_bytes(shape)`), as attributes:
-    `status`, `timings`, `board`, `plans`, `heat`."""
+    `status`, `timings`, `board`, `ballots`, `plans`, `heat`."""
 
     def __init__(self, body: np.ndarray, shape: GroupShape):
         areas = _split(body, _area_sizes(shape))
         self.status = StatusBlock(areas[0])
         self.timings = StepTimings(areas[1])
         self.board = Board(areas[2], (shape.layers, shape.ranks, shape.slots))
-        self.plans = PlanQueue(areas[3], record_limit(shape))
-        self.heat = HeatRing(areas[4], shape.layers, shape.heat_columns, shape.ring_slots)
+        self.ballots = BallotBox(areas[3], shape.ranks)
+        self.plans = PlanQueue(areas[4], record_limit(shape))
+        self.heat = HeatRing(areas[5], shape.layers, shape.heat_columns, shape.ring_slots)
 
 
 class RankSegment(RankAreas):
@@ -72,13 +76,15 @@ class RankSegment(RankAreas):
         return cls(segment, header)
 
     @classmethod
-    def open(cls, name: str, writable: bool = False) -> RankSegment:
-        """Attach to a published segment; the planner needs `writable` for the plan queue.
+    def open(cls, name: str, writable: bool = False, published: bool = True) -> RankSegment:
+        """Attach to a segment, by default to a published one only.
+
+        The planner needs `writable` for the plan queue, the workers for rank 0's ballot box.
 
         Raises:
             SegmentError: as `Segment.open`, or as `check_header`.
         """
-        segment = Segment.open(name, writable)
+        segment = Segment.open(name, writable, published)
         try:
             header = check_header(name, segment.header, len(segment.body))
         except SegmentError:
@@ -180,6 +186,7 @@ def _area_sizes(shape: GroupShape) -> list[int]:
         StatusBlock.SIZE,
         StepTimings.SIZE,
         Board.size(shape.layers * shape.columns),
+        BallotBox.size(shape.ranks),
         PlanQueue.size(record_limit(shape)),
         HeatRing.size(shape.layers, shape.heat_columns, shape.ring_slots),
     ]
@@ -199,4 +206,7 @@ def warmup() -> None:
     areas.board.write(0, np.zeros((1, 2, 1), np.int32))
     areas.board.read()
     areas.status.add(Field.STEP)
+    is_complete(np.zeros((1, 2, 1), np.int32), np.arange(1), 1)
+    areas.ballots.cast(0, 1, [0] * WORDS)
+    areas.ballots.tally(1)
     areas.plans.has_record()

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from .placement import MOVE, PlacementError, apply_moves, check_placement
+from .placement import MOVE, PlacementError, apply_moves, check_placement, is_complete
 from .shape import GroupShape, one_line
 
 MOST_COLUMNS = 1024
@@ -102,7 +102,7 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
     Args:
         round_: what the planner sent.
         shape: of this group.
-        placement: int [layers, ranks, slots], what is committed now.
+        placement: int32 [layers, ranks, slots], what is committed now: valid.
 
     Raises:
         RoundError: another shape, too many rows for a rank, a source that does not hold its
@@ -119,8 +119,12 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
     if not len(moves):
         raise RoundError("it moves nothing")
     try:
+        if moves["expert"].min() < 0 or moves["expert"].max() >= shape.experts:
+            raise PlacementError(f"it moves an expert that is none of 0..{shape.experts - 1}")
         after = apply_moves(placement, moves)
-        check_placement(after, shape.experts)
+        changed = np.flatnonzero(np.bincount(moves["layer"]))
+        if not is_complete(after, changed, shape.experts):
+            check_placement(after, shape.experts)  # says what is wrong
     except PlacementError as error:
         raise RoundError(str(error)) from error
     rows = int(np.bincount(moves["rank"], minlength=shape.ranks).max())

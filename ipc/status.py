@@ -71,6 +71,11 @@ class StatusBlock:
 
     def __init__(self, body: np.ndarray):
         self._words = body[: self.SIZE].view(WORD)
+        self._plain = self._words.data
+
+    def show(self, field: Field, value: int) -> None:
+        """Writer: as `self[field] = value`, a tenth of the time; it orders nothing else."""
+        self._plain[field] = value
 
     def __getitem__(self, field: Field) -> int:
         return load_acquire(self._words, int(field))
@@ -166,13 +171,16 @@ class StepTimings:
     def __init__(self, body: np.ndarray):
         self._count = body[:8].view(WORD)
         self._samples = body[ALIGNMENT : self.SIZE].view(WORD).reshape(self.CAPACITY, 2)
+        self._plain = body[: self.SIZE].view(WORD).data
 
     def add(self, spent: int, period: int) -> None:
         """Writer: one more step."""
-        count = int(self._count[0])
-        row = self._samples[count % self.CAPACITY]
-        row[0], row[1] = spent, period
-        self._count[0] = count + 1
+        words = self._plain
+        count = words[0]
+        cell = ALIGNMENT // 8 + 2 * (count % self.CAPACITY)
+        words[cell] = spent
+        words[cell + 1] = period
+        words[0] = count + 1
 
     def read(self) -> np.ndarray:
         """int64 [steps, 2]: spent and period of the latest steps, in no order."""

@@ -30,14 +30,24 @@ class Engine(Protocol):
     communicators: list[tuple[Any, int]]
     loads: list[torch.Tensor]
 
-    def commit_placement(
+    def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
-    ) -> None:
-        """Route by `placement` (int [layers, ranks, slots]) in `layers` from the next step on.
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What must change for the engine to route by `placement` in `layers`.
 
         A slot gets `columns` (int [len(layers), ranks, slots]) of its expert's routing columns, and
         its share of them is its share of the expert's tokens; None is one column each.
-        Called between two steps, after the rows of the commit stand in `weights`. Tables are
-        changed in place: captured graphs hold their addresses.
+
+        Called from a stager's thread while steps run: it only reads. The loader copies the values
+        between two steps, together with the weights. Tables are changed in place: captured graphs
+        hold their addresses.
+
+        Args:
+            layers: int [n], their numbers, ascending.
+            placement: int [layers, ranks, slots], of all layers.
+            columns: see above.
+
+        Returns:
+            (parts of the live tables, the values that they get), one for one.
         """
         ...

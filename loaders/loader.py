@@ -1,7 +1,7 @@
 """The loader: from the plan queue to weights and maps, on all ranks at the same step.
 
 One round at a time goes through these states, and every change of state that another rank must
-share follows from a vote (`vote.py`) alone:
+share follows from a vote (`vote.py`) alone. The vote that commits a round may start the next one:
 
     idle --(all ranks name the same round)--> staging --(all have staged it)--> commit --> idle
                                                   '----(any rank failed)-----> abort ---> idle
@@ -17,6 +17,7 @@ that start are those that bring the experts back to where the engine's loader wr
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from ..ipc.rank_segment import RankSegment
 from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
 from ..ipc.status import Field, State
 from .engine import Engine
+from .inbox import HOME, Inbox, Pending
 from .patrol import Patrol
-from .stager import Result, my_rows
+from .stager import Result
 from .stager_pool import StagerPool
 from .staging import reorder_slots
 from .vote import Ballot, Outcome, Vote, reason_to_stop
@@ -38,15 +40,14 @@ from .vote import Ballot, Outcome, Vote, reason_to_stop
 log = logging.getLogger("flash_eplb.loader")
 T = TypeVar("T")
 
-HOME = 0
-"""Generation of the rounds that bring experts back; no planner has it."""
 
-
-class Pending(NamedTuple):
-    """A round that was read from the queue: its identity and what it says."""
+class Candidate(NamedTuple):
+    """A round that this rank would start: checked, with the placement that it leads to."""
 
     identity: int
     round: Round
+    moves: np.ndarray
+    after: np.ndarray
 
 
 class Loader:
@@ -75,23 +76,19 @@ class Loader:
         self._engine = engine
         self._shape = segment.header.shape
         self._rank = segment.header.rank
-        self._plans = segment.plans
         self._status = segment.status
+        self._inbox = Inbox(segment.plans, segment.status, self._rank)
         self._board = segment.board
         self._vote = vote
         self._stagers = stagers
         self._patrol = patrol
         self._vote_steps = vote_steps
         self._timeout_steps = timeout_steps
-        self._pending: deque[Pending] = deque()
         self._home: deque[Pending] = deque()
         self._held = False
-        self._void = (0, 0)
-        self._voted: Pending | None = None
-        self._active: Pending | None = None
-        self._after = engine.placement
+        self._voted: Candidate | None = None
+        self._active: Candidate | None = None
         self._active_since = 0
-        self._complaints: set[str] = set()
         self._step = 0
         self._transport_epoch = 0
         self.placement = engine.placement.copy()
@@ -110,8 +107,8 @@ class Loader:
         self._step += 1
         if self.stopped:
             return False
-        if self._plans.has_record():
-            self._guard(self._collect)
+        if self._inbox.has_record():
+            self._guard(self._inbox.collect)
         if self._step % self._vote_steps:
             return False
         try:
@@ -146,7 +143,7 @@ class Loader:
         for layer in layers:
             ours = self.placement[layer, self._rank], placement[layer, self._rank]
             reorder_slots(self._engine.weights[layer], *ours)
-        self._engine.commit_placement(layers, placement, None)
+        copy_rows(*self._engine.tables(layers, placement, None))
         self.placement = placement.copy()
         self._turn_epoch()
 
@@ -182,60 +179,46 @@ class Loader:
             self._broken = True
             return None
 
-    def _collect(self) -> None:
-        """Move waiting records from the queue to `_pending`; refuse what cannot be right."""
-        while self._plans.has_record():
-            try:
-                record = self._plans.get()
-                round_ = decode_round(record)
-            except RoundError as error:
-                self._refuse(str(error), None)
-                continue
-            if round_.generation != self._plans.generation:
-                self._status.add(Field.STALE)
-                continue
-            self._follow(round_.generation)
-            while self._pending and _is_older(self._pending[0].round, round_):
-                self._drop(self._pending.popleft())
-            pending = Pending(round_identity(record), round_)
-            if _plan(round_) == self._void:
-                self._drop(pending)
-            else:
-                self._pending.append(pending)
-
-    def _follow(self, generation: int) -> None:
-        """Speak of this planner's rounds from now on; its sequence numbers start at one."""
-        if self._status[Field.GENERATION] != generation:
-            self._status[Field.GENERATION] = 0
-            self._status[Field.COMMITTED_ROUND] = self._status[Field.DROPPED_ROUND] = 0
-            self._status[Field.GENERATION] = generation
-
-    def _tell(self, field: Field, round_: Round) -> None:
-        if round_.generation == self._status[Field.GENERATION] != HOME:
-            self._status[field] = round_.sequence
-
-    def _candidate(self) -> Pending | None:
-        """The round that this rank would start now; rounds from another epoch are dropped."""
+    def _candidate(self) -> Candidate | None:
+        """The round that this rank would start now, or after the commit of one that is staged."""
         self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
-        if self._active is not None or self._stagers.busy:
+        if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
-        while self._held and self._pending:
-            self._drop(self._pending.popleft())
-        if self._home:
-            self._after = check_round(self._home[0].round, self._shape, self.placement)
-            return self._home[0]
-        while self._pending:
-            head = self._pending[0]
-            if head.round.generation != self._plans.generation or head.round.epoch != self.epoch:
-                self._drop_plan(head.round)
+        if self._held:
+            self._inbox.drop_all()
+            return self._checked(self._home[0]) if self._home else None
+        if self._active is not None:
+            return self._following()
+        while (head := self._inbox.head) is not None:
+            if head.round.epoch != self.epoch:
+                self._inbox.drop_plan(head.round)
                 continue
             try:
-                self._after = check_round(head.round, self._shape, self.placement)
-                return head if self._stagers.has_room(head.round.move_array()) else None
+                return self._checked(head)
             except RoundError as error:
-                self._pending.popleft()
-                self._refuse(str(error), head.round)
+                self._inbox.refuse_head(str(error))
         return None
+
+    def _following(self) -> Candidate | None:
+        """The round after the staged one; if it is not good, that is said after the commit."""
+        head = self._inbox.head
+        try:
+            return self._checked(head) if head and head.round.epoch == self.epoch + 1 else None
+        except RoundError:
+            return None
+
+    def _checked(self, head: Pending) -> Candidate | None:
+        """`head` as a candidate; None if there is no room for it, RoundError if it is bad."""
+        if self._voted is not None and self._voted.identity == head.identity:
+            return self._voted
+        base = self.placement if self._active is None else self._active.after
+        after = check_round(head.round, self._shape, base)
+        candidate = Candidate(*head, head.round.move_array(), after)
+        return candidate if self._stagers.has_room(candidate.moves) else None
+
+    def _is_staged(self) -> bool:
+        result = self._result()
+        return result is not None and not result.error
 
     def _look(self) -> None:
         """Hand the next live expert to a stager that has nothing else to do until the next vote."""
@@ -244,28 +227,6 @@ class Loader:
         beat = self._patrol.next(self._step, self.placement[:, self._rank])
         if beat is not None:
             self._stagers.look(beat)
-
-    def _drop_plan(self, round_: Round) -> None:
-        """Drop what is left of the plan of `round_`, and what still comes of it.
-
-        Commits of another plan may bring its epochs about, but not the placements it relies on.
-        """
-        self._void = _plan(round_)
-        while self._pending and _plan(self._pending[0].round) == self._void:
-            self._drop(self._pending.popleft())
-
-    def _drop(self, pending: Pending) -> None:
-        self._status.add(Field.STALE)
-        self._tell(Field.DROPPED_ROUND, pending.round)
-
-    def _refuse(self, reason: str, round_: Round | None) -> None:
-        """Count a bad round; log it once per reason."""
-        self._status.add(Field.REFUSED)
-        if round_ is not None:
-            self._tell(Field.DROPPED_ROUND, round_)
-        if reason not in self._complaints and len(self._complaints) < 100:
-            self._complaints.add(reason)
-            log.error("EP rank %d refuses a plan: %s; nothing was touched", self._rank, reason)
 
     def _ballot(self) -> Ballot:
         staged = failed = False
@@ -295,45 +256,52 @@ class Loader:
         return result if result and active and result.identity == active.identity else None
 
     def _act(self, outcome: Outcome) -> bool:
-        """What follows from a vote; the same on every rank."""
+        """What follows from a vote, the same on every rank; returns whether a round was committed.
+
+        All ranks name a round to start only if none is under way, or all have staged it.
+        """
         reason = reason_to_stop(outcome)
         if reason:
             self.stop(reason)
-        elif self._active is not None and outcome.failed_rank >= 0:
+            return False
+        if self._active is not None and outcome.failed_rank >= 0:
             self._abort(outcome.failed_rank)
-        elif self._active is not None and outcome.staged:
+            return False
+        committed = self._active is not None and outcome.staged
+        if committed:
             self._commit()
-            return True
-        elif self._active is None and outcome.start:
+        if self._active is None and outcome.start:
             self._start()
-        return False
+        return committed
 
     def _start(self) -> None:
         assert self._voted is not None
-        self._active = self._voted
+        self._active = active = self._voted
         self._active_since = self._step
-        for waiting in (self._pending, self._home):
-            if waiting and waiting[0] is self._active:
-                waiting.popleft()
+        self._inbox.take(active.identity)
+        if self._home and self._home[0].identity == active.identity:
+            self._home.popleft()
         self._status[Field.STATE] = State.STAGING
-        moves = self._active.round.move_array()
-        self._stagers.begin(self._active.identity, moves, self._transport_epoch)
+        tables = functools.partial(
+            self._engine.tables,
+            np.flatnonzero(np.bincount(active.moves["layer"])),
+            active.after,
+            active.round.column_array(),
+        )
+        self._stagers.begin(active.identity, active.moves, self._transport_epoch, tables)
 
     def _commit(self) -> None:
-        """Rows, then maps, then board: on all ranks between the same two steps."""
-        assert self._active is not None
-        moves = self._active.round.move_array()
-        result = self._result()
+        """Rows and tables, then the board: on all ranks between the same two steps."""
+        active, result = self._active, self._result()
+        assert active is not None
         assert result is not None
         copy_rows(result.live, result.staged)
-        layers = np.unique(moves["layer"])
-        self._engine.commit_placement(layers, self._after, self._active.round.column_array())
-        self.placement = self._after
+        self.placement = active.after
         self._turn_epoch()
-        self._status.add(Field.MOVED_ROWS, len(my_rows(moves, self._rank)))
+        self._status.add(Field.MOVED_ROWS, len(self._stagers.rows))
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
-        self._tell(Field.COMMITTED_ROUND, self._active.round)
+        self._inbox.tell(Field.COMMITTED_ROUND, active.round)
         self._status[Field.STATE] = State.IDLE
         self._active = None
 
@@ -367,9 +335,10 @@ class Loader:
     def _drop_active(self) -> None:
         assert self._active is not None
         self._home.clear()
+        self._voted = None  # it may have been checked against what is not committed now
         self._status.add(Field.ABORTED)
-        self._tell(Field.DROPPED_ROUND, self._active.round)
-        self._drop_plan(self._active.round)
+        self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
+        self._inbox.drop_plan(self._active.round)
         self._status[Field.STATE] = State.IDLE
         self._active = None
 
@@ -390,15 +359,6 @@ class Loader:
 
 
 def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
-    """Write staged rows over live experts, in one call."""
+    """Write what was staged over what is live, one for one, in one call."""
     if live:
         torch._foreach_copy_(live, staged)
-
-
-def _plan(round_: Round) -> tuple[int, int]:
-    return round_.generation, round_.plan
-
-
-def _is_older(waiting: Round, new: Round) -> bool:
-    """Whether `new` belongs to a later plan, or another planner, than `waiting`."""
-    return waiting.generation != new.generation or waiting.plan < new.plan

@@ -117,18 +117,22 @@ class MoeEngine:
         width = 1024
         self._table = torch.full((shape.layers, shape.experts, width), -1, dtype=torch.int64)
         self._counts = torch.zeros((shape.layers, shape.experts), dtype=torch.int64)
-        self.commit_placement(np.arange(shape.layers), self.placement)
+        for live, value in zip(*self.tables(np.arange(shape.layers), self.placement), strict=True):
+            live.copy_(value)
 
-    def commit_placement(
+    def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
-    ) -> None:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """See `engine.Engine`."""
+        live: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for row, layer in enumerate(layers.tolist()):
             shares = None if columns is None else columns[row]
-            table, counts = logical_to_physical(placement[layer], self.shape.experts, shares)
-            self._table[layer] = -1
-            self._table[layer, :, : table.shape[1]] = torch.from_numpy(table)
-            self._counts[layer] = torch.from_numpy(counts)
+            least = int(self._counts[layer].max())
+            made = logical_to_physical(placement[layer], self.shape.experts, shares, least)
+            live += [self._table[layer][:, : made[0].shape[1]], self._counts[layer]]
+            values += [torch.from_numpy(part) for part in made]
+        return live, values
 
     def forward(self, tokens: torch.Tensor, skew: torch.Tensor) -> torch.Tensor:
         """[n, hidden] out of this rank's [n, hidden]; all ranks call it together."""

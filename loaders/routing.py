@@ -6,7 +6,7 @@ import numpy as np
 
 
 def logical_to_physical(
-    placement: np.ndarray, experts: int, columns: np.ndarray | None = None
+    placement: np.ndarray, experts: int, columns: np.ndarray | None = None, least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tables of one layer.
 
@@ -18,9 +18,10 @@ def logical_to_physical(
         placement: int [ranks, slots].
         experts: logical experts.
         columns: int [ranks, slots], columns of each slot, at least 1; None for one each.
+        least: width of the table at least.
 
     Returns:
-        (int64 [experts, most columns] of physical ids, -1 where unused;
+        (int64 [experts, most columns or `least`] of physical ids, -1 where unused;
         int64 [experts] of column counts).
     """
     logical = placement.ravel()
@@ -31,6 +32,6 @@ def logical_to_physical(
     order = np.lexsort((slots, (turns + 0.5) / shares[slots], logical[slots]))
     slots = slots[order]
     column = np.arange(slots.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    table = np.full((experts, counts.max()), -1, dtype=np.int64)
+    table = np.full((experts, max(least, counts.max())), -1, dtype=np.int64)
     table[logical[slots], column] = slots
     return table, counts

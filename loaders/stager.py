@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,9 @@ class ChangedError(DigestError):
     """The live weights of an expert have changed, and not by us."""
 
 
+Tables = Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]
+
+
 @dataclass(frozen=True)
 class Errand:
     """A round, as the stager of one rank sees it.
@@ -43,6 +47,7 @@ class Errand:
         moves: `MOVE` records of all ranks.
         transport_epoch: whose connections to use.
         rows: staging rows to fill, one for each move that arrives here, in their order.
+        tables: gives the engine's tables and their values after the round (`Engine.tables`).
         beat: instead of all that, a live expert to be looked at.
     """
 
@@ -50,6 +55,7 @@ class Errand:
     moves: np.ndarray
     transport_epoch: int
     rows: tuple[int, ...] = ()
+    tables: Tables | None = None
     beat: Beat | None = None
 
 
@@ -63,8 +69,8 @@ class Result:
         damaged: whether an expert had another digest than at the start.
         changed: whether that was so in the live weights themselves.
         received_bytes: from other ranks.
-        live, staged: the bytes of the slots to be written and of the rows that go there, in the
-            same order: what a commit copies.
+        live, staged: what a commit copies, one for one: the slots to be written and the rows that
+            go there, the engine's tables and their values.
     """
 
     identity: int
@@ -195,8 +201,11 @@ class Stager:
                 self._weights[int(moves[number]["layer"])], int(moves[number]["slot"])
             )
         ]
-        received = sum(view.numel() for parcel in arriving for view in parcel.views)
         staged = [view for views in rows for view in views]
+        if errand.tables is not None:
+            parts, values = errand.tables()
+            live, staged = live + parts, staged + values
+        received = sum(view.numel() for parcel in arriving for view in parcel.views)
         return Result(errand.identity, received_bytes=received, live=live, staged=staged)
 
     def _source(self, move: np.void) -> list[torch.Tensor]:

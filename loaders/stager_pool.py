@@ -10,7 +10,7 @@ import numpy as np
 
 from ..ipc.placement import MOVE
 from .patrol import Beat
-from .stager import Errand, Result, Stager, my_rows
+from .stager import Errand, Result, Stager, Tables, my_rows
 
 log = logging.getLogger("flash_eplb.loader")
 
@@ -73,10 +73,12 @@ class StagerPool:
         """Open connections before the first plan needs them."""
         self.begin(0, np.zeros(0, MOVE), transport_epoch)
 
-    def begin(self, identity: int, moves: np.ndarray, transport_epoch: int) -> None:
+    def begin(
+        self, identity: int, moves: np.ndarray, transport_epoch: int, tables: Tables | None = None
+    ) -> None:
         """Hand over a round for which there is room. The stager at work must not be busy."""
         self._taken = self._free[: len(my_rows(moves, self._rank))]
-        self._stager.begin(Errand(identity, moves, transport_epoch, tuple(self._taken)))
+        self._stager.begin(Errand(identity, moves, transport_epoch, tuple(self._taken), tables))
 
     def look(self, beat: Beat) -> None:
         """Look at a live expert; the answer's identity is 0. The stager must not be busy."""

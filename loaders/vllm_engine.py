@@ -47,19 +47,24 @@ class VllmEngine:
             names.setdefault(id(state), [state.model_name, 0])[1] += 1
         return [(str(name), count) for name, count in names.values()]
 
-    def commit_placement(
+    def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
-    ) -> None:
-        """Write vLLM's three maps of `layers` in place, unused columns as -1."""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """See `engine.Engine`: vLLM's three maps of each layer, unused columns as -1."""
+        live: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for row, number in enumerate(layers.tolist()):
             state, layer = self._where[number]
-            experts = state.logical_replica_count.shape[1]
+            counts = state.logical_replica_count[layer]
             shares = None if columns is None else columns[row]
-            table, counts = logical_to_physical(placement[number], experts, shares)
-            live = state.logical_to_physical_map[layer]
-            width = max(table.shape[1], int(state.logical_replica_count[layer].max()))
-            live[:, :width] = -1
-            live[:, : table.shape[1]] = torch.from_numpy(table)
-            state.logical_replica_count[layer] = torch.from_numpy(counts)
+            table, wanted = logical_to_physical(
+                placement[number], len(counts), shares, least=int(counts.max())
+            )
+            live += [
+                state.logical_to_physical_map[layer][:, : table.shape[1]],
+                counts,
+                state.physical_to_logical_map[layer],
+            ]
             flat = placement[number].ravel().astype(np.int64)
-            state.physical_to_logical_map[layer] = torch.from_numpy(flat)
+            values += [torch.from_numpy(part).to(counts.device) for part in (table, wanted, flat)]
+        return live, values

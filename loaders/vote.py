@@ -1,24 +1,24 @@
 """The vote: how all ranks come to the same decision at the same step without waiting.
 
-Every `interval` steps each rank issues an asynchronous all_reduce(MIN) of a few words and consumes
-it exactly `interval` steps later. All ranks then look at the same numbers at the same step, so
-whatever follows from them alone happens everywhere or nowhere. A vote that was issued is never
-abandoned: others may have acted on it.
+Every few steps each rank casts a few words into the ballot box (`ipc/ballot_box.py`), and consumes
+the minimum over all ranks exactly as many steps later. All ranks then look at the same numbers at
+the same step, so whatever follows from them alone happens everywhere or nowhere. A vote that was
+issued is never abandoned: others may have acted on it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
+from ..ipc.ballot_box import BallotBox
 
 log = logging.getLogger("flash_eplb.loader")
 
-_WORDS = 9
 _QUIET_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # from one look at a rank that is late to the next
 
 
 @dataclass(frozen=True)
@@ -115,40 +115,68 @@ def reason_to_stop(outcome: Outcome) -> str:
 
 
 class Vote:
-    """One vote at a time over `group` (a CPU process group), from the main thread only."""
+    """One vote at a time over a ballot box, from the main thread only.
 
-    def __init__(self, group: dist.ProcessGroup, rank: int):
-        self._group = group
+    Args:
+        box: of the group.
+        rank: of this process.
+        is_alive: whether the process of a rank lives.
+        patience: seconds after which a vote that a living rank owes fails: as long as the engine
+            would wait for that rank in a collective of its own.
+    """
+
+    def __init__(self, box: BallotBox, rank: int, is_alive: Callable[[int], bool], patience: float):
+        self._box = box
         self._rank = rank
-        self._work: dist.Work | None = None
-        self._words = torch.zeros(_WORDS, dtype=torch.int64)
-        self._options = dist.AllreduceOptions()
-        self._options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+        self._is_alive = is_alive
+        self._patience = patience
+        self._number = 0
+        self._is_owed = False
 
     def issue(self, ballot: Ballot) -> None:
-        """Send this rank's words; does not wait."""
-        assert self._work is None
-        self._words.numpy()[:] = to_words(ballot, self._rank)
-        self._work = self._group.allreduce([self._words], self._options)
+        """Cast this rank's ballot; does not wait."""
+        assert not self._is_owed
+        self._number += 1
+        self._box.cast(self._rank, self._number, to_words(ballot, self._rank))
+        self._is_owed = True
 
     def consume(self) -> Outcome | None:
         """The outcome of the vote that was issued; None if none was.
 
         Waits for ranks that have not issued it yet, and says so when that takes long.
+
+        Raises:
+            RuntimeError: a rank that has not issued it is dead, or is out of patience.
         """
-        if self._work is None:
+        if not self._is_owed:
             return None
-        work, self._work = self._work, None
-        begin = time.monotonic()
+        self._is_owed = False
+        missing, words = self._box.tally(self._number)
+        return to_outcome(words if missing < 0 else self._wait())
+
+    def _wait(self) -> list[int]:
+        begin = looked = time.monotonic()
         warned = False
-        while not work.is_completed():
+        while True:
+            missing, words = self._box.tally(self._number)
+            if missing < 0:
+                return words
             time.sleep(20e-6)
-            if not warned and time.monotonic() - begin > _QUIET_SECONDS:
+            now = time.monotonic()
+            if now - looked > _LOOK_SECONDS:
+                looked = now
+                self._check(missing, now - begin)
+            if not warned and now - begin > _QUIET_SECONDS:
                 warned = True
                 log.warning(
-                    "EP rank %d has waited %.0f s for the other ranks' vote",
+                    "EP rank %d has waited %.0f s for the vote of EP rank %d",
                     self._rank,
                     _QUIET_SECONDS,
+                    missing,
                 )
-        work.wait()
-        return to_outcome(self._words.tolist())
+
+    def _check(self, rank: int, waited: float) -> None:
+        if not self._is_alive(rank):
+            raise RuntimeError(f"EP rank {rank} is dead")
+        if waited > self._patience:
+            raise RuntimeError(f"EP rank {rank} has not voted for {waited:.0f} s")

@@ -17,7 +17,7 @@ from numba import int16, int32, int64, njit, types
 from numba.core.registry import CPUDispatcher
 
 from flash_eplb import ipc
-from flash_eplb.ipc import atomics, heat_ring, status
+from flash_eplb.ipc import atomics, ballot_box, heat_ring, status
 
 INTRINSICS = {"_load_acquire", "_store_release", "fence_acquire", "fence_release"}
 OPERATIONS = INTRINSICS | {"load_acquire", "store_release", "copy_in", "copy_out"}
@@ -49,9 +49,21 @@ RING_READER = {
     "copied": {"acquire": "next"},
 }
 
+BOX_WRITER = {
+    "start": {"store": "start", "release": "cast"},
+    "cast": {"return": "end"},
+}
+BOX_READER = {
+    "start": {"acquire": "looked", "return": "end"},
+    "looked": {"load": "copying", "acquire": "looked", "return": "end"},
+    "copying": {"load": "copying", "acquire": "looked", "return": "end"},
+}
+
 KERNELS = {
     atomics.load_acquire: (LOAD, (SEEN_WORDS, int64)),
     atomics.store_release: (STORE, (WORDS, int64, int64)),
+    ballot_box._cast: (BOX_WRITER, (WORDS, int64, int64, WORDS)),
+    ballot_box._tally: (BOX_READER, (WORDS, int64, int64, WORDS)),
     heat_ring._push: (RING_WRITER, (WORDS, *[int64] * 8, int32[:, ::1])),
     heat_ring._read: (
         RING_READER,
@@ -60,7 +72,7 @@ KERNELS = {
     status._write_board: (BOARD_WRITER, (WORDS, int64, CELLS)),
     status._read_board: (BOARD_READER, (SEEN_WORDS, CELLS)),
 }
-WRITERS = (STORE, BOARD_WRITER, RING_WRITER)
+WRITERS = (STORE, BOARD_WRITER, RING_WRITER, BOX_WRITER)
 
 INSTRUCTIONS = (
     ("acquire", r"ldap?u?r\b"),

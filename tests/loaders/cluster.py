@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from flash_eplb.ipc.ballot_box import BallotBox
 from flash_eplb.ipc.placement import MOVE
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.round import Round, encode_round
@@ -48,9 +48,12 @@ class FakeEngine:
             wide = (ids * 1000 + layer)[:, None] + torch.arange(37) / 64
             self.weights.append([wide.clone(), (wide[:, :5] * 3).to(torch.bfloat16)])
 
-    def commit_placement(self, layers: np.ndarray, placement: np.ndarray, columns=None) -> None:
-        self.routed[layers] = placement[layers]
-        self.columns[layers] = 1 if columns is None else columns
+    def tables(self, layers: np.ndarray, placement: np.ndarray, columns=None):  # type: ignore[no-untyped-def]
+        kept = [(self.routed, placement[layers])]
+        kept += [(self.columns, np.ones_like(placement[layers]) if columns is None else columns)]
+        live = [torch.from_numpy(table[layer]) for table, _ in kept for layer in layers]
+        values = [torch.tensor(cells) for _, made in kept for cells in made]
+        return live, values
 
     def experts_in_slots(self) -> np.ndarray:
         """int [layers, slots]: which expert's weights really lie in each slot."""
@@ -71,9 +74,7 @@ class Rank:
         self.segment = RankSegment.create(cluster.session, cluster.shape, rank, 5)
         self.segment.publish()
         ranks = cluster.shape.ranks
-        self.group = dist.ProcessGroupGloo(
-            dist.PrefixStore("votes", store), rank, ranks, timedelta(seconds=20)
-        )
+        box = cluster.box(self.segment)
         staging = Staging(self.engine.weights, cluster.shape.staging_rows)
 
         def make_stager() -> Stager:
@@ -84,7 +85,7 @@ class Rank:
         self.loader = Loader(
             self.engine,
             self.segment,
-            Vote(self.group, rank),
+            Vote(box, rank, lambda rank: True, 20.0),
             self.stagers,
             Patrol(cluster.shape.layers, cluster.shape.slots, cluster.patrol_steps),
             cluster.vote_steps,
@@ -137,10 +138,18 @@ class Cluster:
             for layer, row in enumerate(digests(engine.weights)):
                 self.reference[layer, engine.placement[layer, rank]] = row
         store = dist.HashStore()
+        self._meeting = threading.Barrier(ranks)
         self.ranks: list[Rank] = [None] * ranks  # type: ignore[list-item]
         self._each(lambda rank: self.ranks.__setitem__(rank, Rank(self, rank, store)))
         for rank in self.ranks:
             rank.segment.plans.take_over(GENERATION)
+
+    def box(self, segment: RankSegment) -> BallotBox:
+        """Rank 0's ballot box, once rank 0 has come; all ranks call it."""
+        if segment.header.rank == 0:
+            self._first = segment
+        self._meeting.wait(20)
+        return BallotBox(self._first.ballots._box.view(np.uint8), self.shape.ranks)
 
     def _each(self, action) -> None:  # type: ignore[no-untyped-def]
         errors: list[BaseException] = []

@@ -389,7 +389,7 @@ def test_an_error_of_ours_on_one_rank_stops_all(cluster, monkeypatch, caplog):
     def fail(*_):
         raise KeyError("bug")
 
-    monkeypatch.setattr(group.ranks[0].loader, "_collect", fail)
+    monkeypatch.setattr(group.ranks[0].loader._inbox, "collect", fail)
     group.send(group.record(SWAP))
     group.tick_until(lambda: bool(group.ranks[2].loader.stopped))
     assert all("EP rank 0 has stopped" in rank.loader.stopped for rank in group.ranks)

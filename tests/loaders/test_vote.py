@@ -1,9 +1,14 @@
+import threading
 from dataclasses import replace
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.loaders.vote import _WORDS, Ballot, Outcome, to_outcome, to_words
+from flash_eplb.ipc.ballot_box import WORDS, BallotBox
+from flash_eplb.loaders import vote as vote_module
+from flash_eplb.loaders.vote import Ballot, Outcome, Vote, to_outcome, to_words
 
 IDENTITIES = st.one_of(st.sampled_from([0, 1, 2, 2**63 - 1]), st.integers(1, 2**63 - 1))
 BALLOTS = st.builds(
@@ -22,7 +27,7 @@ def counted(ballots):
     """What comes out of the reduction over all ranks."""
     words = [to_words(ballot, rank) for rank, ballot in enumerate(ballots)]
     assert all(-(2**63) <= word < 2**63 for row in words for word in row)
-    assert {len(row) for row in words} == {_WORDS}
+    assert {len(row) for row in words} == {WORDS}
     return to_outcome([min(column) for column in zip(*words, strict=True)])
 
 
@@ -61,3 +66,59 @@ def test_the_rank_that_said_it_is_known():
     said = ["failed", "stopped", "mismatch", "changed"]
     outcome = counted([Ballot(), *(Ballot(**{name: True}) for name in said)])
     assert [getattr(outcome, f"{name}_rank") for name in said] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def votes():
+    """Three ranks' votes over one box; rank 2 counts as dead once it is in `dead`."""
+    body, dead = np.zeros(BallotBox.size(3), np.uint8), set()
+    made = [
+        Vote(BallotBox(body, 3), rank, lambda rank: rank not in dead, patience=2.0)
+        for rank in range(3)
+    ]
+    return made, dead
+
+
+def test_every_vote_gives_all_ranks_the_same_outcome(votes):
+    ranks, _ = votes
+    for number in range(1, 50):
+        for rank, vote in enumerate(ranks):
+            vote.issue(Ballot(number, staged=True, failed=rank == number % 5))
+        outcomes = [vote.consume() for vote in ranks]
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+        assert outcomes[0].start == number
+        assert outcomes[0].failed_rank == (number % 5 if number % 5 < 3 else -1)
+
+
+def test_before_the_first_vote_there_is_no_outcome(votes):
+    assert votes[0][0].consume() is None
+
+
+def test_a_rank_that_is_late_is_waited_for_and_named(votes, caplog, monkeypatch):
+    monkeypatch.setattr(vote_module, "_QUIET_SECONDS", 0.05)
+    (first, second, late), _ = votes
+    for vote in (first, second):
+        vote.issue(Ballot(7))
+    timer = threading.Timer(0.2, lambda: late.issue(Ballot(7)))
+    timer.start()
+    assert first.consume().start == 7
+    assert "EP rank 0 has waited 0 s for the vote of EP rank 2" in caplog.text
+
+
+def test_a_rank_that_is_dead_is_not_waited_for(votes, monkeypatch):
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.02)
+    (first, second, _), dead = votes
+    for vote in (first, second):
+        vote.issue(Ballot())
+    dead.add(2)
+    with pytest.raises(RuntimeError, match="EP rank 2 is dead"):
+        first.consume()
+
+
+def test_patience_ends(votes, monkeypatch):
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.1)
+    (first, _, third), _ = votes
+    for vote in (first, third):
+        vote.issue(Ballot())
+    with pytest.raises(RuntimeError, match="EP rank 1 has not voted for 2 s"):
+        first.consume()

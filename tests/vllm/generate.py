@@ -1,9 +1,9 @@
 """Run `LLM.generate` on batches of prompts; a script, because vLLM wants a process of its own.
 
-Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS [ENGINE_ARGUMENTS.json]
+Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS RELOAD [ENGINE_ARGUMENTS.json]
 
-Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes), reloads the
-weights, repeats them until as many are committed again, and writes
+Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes); if RELOAD is 1,
+reloads the weights and repeats them until as many are committed again; and writes
 {"passes": [[[token ids]]], "commits": rounds, "reloaded": [passes and commits before the reload],
 "flags": those of the latest steps' heat}.
 """
@@ -29,8 +29,8 @@ def wait_for_planner(session: str) -> None:
 
 
 def main() -> None:
-    checkpoint, work_file, result_file, least = sys.argv[1:5]
-    more = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    checkpoint, work_file, result_file, least, reload = sys.argv[1:6]
+    more = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
     with open(work_file) as file:
         work = json.load(file)
     llm = LLM(model=checkpoint, distributed_executor_backend="mp", **{**ENGINE, **more})
@@ -56,7 +56,7 @@ def main() -> None:
 
     run(8, int(least))
     reloaded = [len(passes), observer.commits()]
-    if int(least):
+    if int(reload):
         llm.collective_rpc("reload_weights")
         run(8, observer.commits() + int(least))
     rings = observer.group.ranks if observer.group is not None else []
