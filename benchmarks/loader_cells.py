@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from flash_eplb.loaders.staging import default_rows
 from flash_eplb.planners.plan import Plan, PlannedRound, make_plan
 
 WARM_UPS = 1  # plans that are carried out and checked but not timed
@@ -22,7 +23,6 @@ class Cell:
         slots: per rank.
         writes: slots that a plan gives another expert, about.
         plans: timed ones; 0 measures steps at rest only.
-        staging_rows: `EPLB_STAGING_ROWS`.
     """
 
     label: str
@@ -32,12 +32,16 @@ class Cell:
     slots: int
     writes: int
     plans: int
-    staging_rows: int = 8
 
     @property
     def name(self) -> str:
         """For tables."""
         return f"{self.label}, {self.ranks} ranks"
+
+    @property
+    def staging_rows(self) -> int:
+        """What `EPLB_STAGING_ROWS` comes to by default."""
+        return default_rows(self.row_bytes)
 
     @property
     def experts(self) -> int:

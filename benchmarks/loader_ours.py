@@ -48,7 +48,7 @@ class Ours:
         everyone = dist.group.WORLD
         assert everyone is not None
         group = Group(rank.rank, rank.size, everyone, rank.store, tuple(range(rank.size)))
-        config = Config(session=rank.session, staging_rows=cell.staging_rows)
+        config = Config(session=rank.session)
         engine = VllmEngine([_model_state(rank, self.weights)], rank.size)
         self._worker = Worker(config, group, engine, engine.models, cell.experts)
         self._step()  # all ranks agree to balance

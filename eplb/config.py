@@ -73,7 +73,10 @@ class Config(BaseSettings):
         description="consecutive ranks that share a node, asked for experts first; 0: all ranks",
     )
     staging_rows: int = Field(
-        8, ge=1, le=4096, description="experts on their way to a rank at once"
+        0,
+        ge=0,
+        le=4096,
+        description="experts on their way to a rank at once; 0: what 4 MiB hold, from 8 to 64",
     )
     vote_steps: int = Field(4, ge=1, le=1024, description="steps between two votes of the ranks")
     plan_timeout_steps: int = Field(

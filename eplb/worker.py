@@ -29,7 +29,7 @@ from ..loaders.loader import Loader
 from ..loaders.patrol import Patrol
 from ..loaders.stager import Stager
 from ..loaders.stager_pool import StagerPool
-from ..loaders.staging import Staging, row_bytes
+from ..loaders.staging import Staging, default_rows, row_bytes
 from ..loaders.transports import choose_transport, communicator_name, make_transport
 from ..loaders.vote import Vote
 from .config import Config
@@ -69,8 +69,8 @@ class Worker:
             ranks=group.ranks,
             slots=engine.placement.shape[2],
             counting=group.counting,
-            row_bytes=row_bytes(engine.weights),
-            staging_rows=config.staging_rows,
+            row_bytes=(rows := row_bytes(engine.weights)),
+            staging_rows=config.staging_rows or default_rows(max(rows)),
             ring_slots=config.ring_steps,
         )
         self._step = 0
@@ -240,7 +240,7 @@ class Worker:
         assert self._box_segment is not None
         config, group, engine, shape = self._config, self._group, self._engine, self._shape
         reference = self._reference if config.verify else None
-        staging = Staging(engine.weights, config.staging_rows, engine.buffer)
+        staging = Staging(engine.weights, shape.staging_rows, engine.buffer)
         kind = self._transport(staging)
 
         def make_stager() -> Stager:
@@ -256,7 +256,7 @@ class Worker:
             engine,
             self._segment,
             Vote(self._box_segment.ballots, group.rank, self._is_alive, group.patience),
-            StagerPool(make_stager, group.rank, config.staging_rows),
+            StagerPool(make_stager, group.rank, shape.staging_rows),
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
             config.plan_timeout_steps,
@@ -275,7 +275,7 @@ class Worker:
             self._config.transport,
             engine.weights[0][0].device.type,
             communicator_name(engine),
-            staging.borrowed == self._config.staging_rows,
+            staging.borrowed == self._shape.staging_rows,
         )
 
     def _announce(self, staging: Staging, transport: str) -> None:

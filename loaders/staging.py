@@ -20,6 +20,12 @@ def row_bytes(weights: Sequence[Sequence[torch.Tensor]]) -> tuple[int, ...]:
     return tuple(sum(_sizes(layer)) for layer in weights)
 
 
+def default_rows(row: int) -> int:
+    """Staging rows where nobody says how many: few large ones, for each is a pause in a commit, and
+    many small ones, for each round takes some steps. `row`: bytes of the largest expert."""
+    return min(64, max(8, 2**22 // max(1, row)))
+
+
 def slot_views(layer: Sequence[torch.Tensor], slot: int) -> list[torch.Tensor]:
     """The bytes (uint8, one dimension) of each tensor of an expert in `slot`, without a copy.
 
