@@ -15,6 +15,7 @@ from flash_eplb.eplb.config import Config
 from flash_eplb.eplb.worker import Group, Worker
 from flash_eplb.ipc.flags import FLAG_DECODE
 from flash_eplb.loaders.routing import logical_to_physical
+from flash_eplb.loaders.staging import slot_views
 from flash_eplb.loaders.vllm_engine import VllmEngine
 
 from .loader_rank import READY, REST, SENT_AT, Rank, Sample
@@ -22,6 +23,7 @@ from .loader_rank import READY, REST, SENT_AT, Rank, Sample
 NAME = "flash_eplb"
 TOKENS = 64
 COPIES = 5
+SCATTERED = 256 << 10  # bytes of a row from which on its tensors are copied one by one
 COLD = 64 << 20  # bytes to copy from before the same ones come again: more than the L2 cache
 STEPS_AT_REST = 1000  # of a cell without plans
 
@@ -44,6 +46,7 @@ class Ours:
         cell = rank.scenario.cell
         self._rank = rank
         self.weights = rank.new_weights()
+        self._spare = rank.new_weights() if cell.row_bytes >= SCATTERED else []
         self.staging = cell.staging_rows * cell.row_bytes
         everyone = dist.group.WORLD
         assert everyone is not None
@@ -86,17 +89,46 @@ class Ours:
         return sample
 
     def _memcpy(self, rows: int) -> float:
-        """Microseconds to copy `rows` rows in one piece, from and to memory not used lately."""
-        nbytes = rows * self._rank.scenario.cell.row_bytes
-        pairs = torch.ones((max(2, COLD // (2 * nbytes)), 2, nbytes), dtype=torch.uint8)
+        """Microseconds to copy `rows` rows to memory not used lately.
+
+        Large rows go tensor by tensor into slots of a layer, as they must; small ones in one
+        piece, so that calls cost nothing either way.
+        """
+        width = self._rank.scenario.cell.row_bytes
+        turns = _scattered(self._spare, rows) if self._spare else _contiguous(rows * width)
         times = []
-        for turn in range(COPIES):
-            source, target = pairs[turn % len(pairs)]
+        for pairs in turns:
             self._rank.compute()
             began = time.monotonic_ns()
-            target.copy_(source)
+            for target, source in pairs:
+                target.copy_(source)
             times.append(time.monotonic_ns() - began)
         return float(np.median(times)) / 1e3
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _contiguous(nbytes: int) -> list[Pairs]:
+    """Source and target for each turn, in more memory than a cache holds."""
+    memory = torch.ones((max(COPIES, COLD // (2 * nbytes)), 2, nbytes), dtype=torch.uint8)
+    return [[(target, source)] for target, source in memory[:COPIES]]
+
+
+def _scattered(spare: list[list[torch.Tensor]], rows: int) -> list[Pairs]:
+    """Rows of a staging buffer, and the slots of the layers of `spare` by turns."""
+    width = sum(len(view) for view in slot_views(spare[0], 0))
+    staged = torch.ones((rows, width), dtype=torch.uint8)
+    turns: list[Pairs] = []
+    for turn in range(COPIES):
+        pairs: Pairs = []
+        for row in range(rows):
+            layer, start = spare[(turn + row) % len(spare)], 0
+            for live in slot_views(layer, (turn * rows + row) % len(layer[0])):
+                pairs.append((live, staged[row, start : start + len(live)]))
+                start += len(live)
+        turns.append(pairs)
+    return turns
 
 
 def _sample(rest: list[Step], steps: list[Step], sent: int) -> Sample:

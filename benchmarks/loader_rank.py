@@ -58,6 +58,11 @@ class Sample:
     rest: list[float] = field(default_factory=list)
     hot: list[float] = field(default_factory=list)
 
+    @property
+    def above_rest(self) -> float:
+        """The stall less what as many steps at rest cost."""
+        return self.stall - self.idle
+
 
 class Contender(Protocol):
     """One way of moving experts; its weights are its own.

@@ -81,13 +81,13 @@ fence_acquire = _fence("acquire")
 fence_release = _fence("release")
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def load_acquire(words: np.ndarray, index: int) -> int:
     """Read `words[index]` (int64); nothing after it is read earlier."""
     return _load_acquire(words, index)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def store_release(words: np.ndarray, index: int, value: int) -> None:
     """Write `words[index]` (int64); nothing before it is written later."""
     _store_release(words, index, value)

@@ -24,14 +24,14 @@ WORDS = 9
 _CELL = 2 * ALIGNMENT // 8  # words from one ballot to the next, in cache lines of their own
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _cast(box, cell, number, words):
     for i in range(len(words)):
         box[cell + 1 + i] = words[i]
     _store_release(box, cell, number)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _tally(box, ranks, number, lowest):
     """The rank whose vote is missing, or -1 and the lowest of each word in `lowest`."""
     for rank in range(ranks):

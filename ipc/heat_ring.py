@@ -59,7 +59,7 @@ class HeatRecords(NamedTuple):
     heat: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _push(words, slot, index, step, time, tokens, flags, epoch, span, counts):
     """Write record `index` to the slot whose first word is `slot`."""
     # crash point: ring.begin

@@ -98,7 +98,7 @@ _CELLS = ALIGNMENT // 8
 """First word of the cells, int16 each."""
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _write_board(words, epoch, placement):
     sequence = words[0]
     # crash point: board.begin
