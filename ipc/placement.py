@@ -38,18 +38,47 @@ def check_placement(placement: np.ndarray, experts: int) -> None:
     _check_missing(placement, experts)
 
 
-@njit(nogil=True, cache=True)
-def is_complete(placement, layers, experts):
-    """Whether in these layers every expert has a slot and stands on no rank twice.
+@njit(cache=True)
+def try_moves(placement, moves, experts, rows):
+    """(whether all is right, the placement after `moves`): `apply_moves` and `check_placement` in
+    one, for who needs no words; right only if no rank receives more than `rows`, either.
 
     Args:
-        placement: int32[layers, ranks, slots], all experts in range.
-        layers: int[n], those to look at.
+        placement: int32[layers, ranks, slots], a valid placement.
+        moves: int32[n, 6], the fields of MOVE[n].
         experts: number of logical experts per layer.
+        rows: slots that may be written on a rank.
     """
-    _, ranks, slots = placement.shape
+    layers, ranks, slots = placement.shape
+    after = placement.copy()
+    changed = np.zeros(layers, np.bool_)
+    received = np.zeros(ranks, np.int64)
+    for layer, expert, source_rank, source_slot, rank, slot in moves:
+        if not (0 <= layer < layers and 0 <= source_rank < ranks and 0 <= rank < ranks):
+            return False, after
+        if not (0 <= source_slot < slots and 0 <= slot < slots):
+            return False, after
+        if placement[layer, source_rank, source_slot] != expert:
+            return False, after
+        held = placement[layer, rank, slot]
+        if held == expert or after[layer, rank, slot] != held:  # it is there, or written twice
+            return False, after
+        after[layer, rank, slot] = expert
+        changed[layer] = True
+        received[rank] += 1
+        if received[rank] > rows:
+            return False, after
+    return _are_complete(after, changed, experts), after
+
+
+@njit(cache=True)
+def _are_complete(placement, changed, experts):
+    """Whether in the changed layers every expert has a slot and stands on no rank twice."""
+    layers, ranks, slots = placement.shape
     latest = np.full(experts, -1, np.int64)  # layer * ranks + rank where an expert was seen last
-    for layer in layers:
+    for layer in range(layers):
+        if not changed[layer]:
+            continue
         found = 0
         for rank in range(ranks):
             here = layer * ranks + rank

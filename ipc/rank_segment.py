@@ -17,7 +17,7 @@ from .ballot_box import WORDS, BallotBox
 from .heat_ring import HeatRing
 from .liveness import SegmentError
 from .names import rank_name
-from .placement import is_complete
+from .placement import try_moves
 from .plan_queue import PlanQueue
 from .round import record_limit
 from .segment import Segment, aligned, take_name
@@ -206,7 +206,7 @@ def warmup() -> None:
     areas.board.write(0, np.zeros((1, 2, 1), np.int32))
     areas.board.read()
     areas.status.add(Field.STEP)
-    is_complete(np.zeros((1, 2, 1), np.int32), np.arange(1), 1)
+    try_moves(np.zeros((1, 2, 1), np.int32), np.frombuffer(bytes(24), np.int32).reshape(1, 6), 1, 1)
     areas.ballots.cast(0, 1, [0] * WORDS)
     areas.ballots.tally(1)
     areas.plans.has_record()

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from .placement import MOVE, PlacementError, apply_moves, check_placement, is_complete
+from .placement import MOVE, PlacementError, apply_moves, check_placement, try_moves
 from .shape import GroupShape, one_line
 
 MOST_COLUMNS = 1024
@@ -119,16 +119,15 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
     if not len(moves):
         raise RoundError("it moves nothing")
     try:
-        if moves["expert"].min() < 0 or moves["expert"].max() >= shape.experts:
-            raise PlacementError(f"it moves an expert that is none of 0..{shape.experts - 1}")
-        after = apply_moves(placement, moves)
-        changed = np.flatnonzero(np.bincount(moves["layer"]))
-        if not is_complete(after, changed, shape.experts):
-            check_placement(after, shape.experts)  # says what is wrong
+        fields = moves.view(np.int32).reshape(-1, 6)
+        right, after = try_moves(placement, fields, shape.experts, shape.staging_rows)
+        if not right:  # these say what is wrong
+            after = apply_moves(placement, moves)
+            check_placement(after, shape.experts)
     except PlacementError as error:
         raise RoundError(str(error)) from error
-    rows = int(np.bincount(moves["rank"], minlength=shape.ranks).max())
-    if rows > shape.staging_rows:
+    if not right:
+        rows = int(np.bincount(moves["rank"], minlength=shape.ranks).max())
         raise RoundError(
             f"it fills {rows} rows on one rank, EPLB_STAGING_ROWS is there for {shape.staging_rows}"
         )

@@ -88,6 +88,7 @@ class Loader:
         self._held = False
         self._voted: Candidate | None = None
         self._active: Candidate | None = None
+        self._begins_later = False
         self._active_since = 0
         self._step = 0
         self._transport_epoch = 0
@@ -107,6 +108,8 @@ class Loader:
         self._step += 1
         if self.stopped:
             return False
+        if self._begins_later:
+            self._guard(self._begin)
         if self._inbox.has_record():
             self._guard(self._inbox.collect)
         if self._step % self._vote_steps:
@@ -181,7 +184,7 @@ class Loader:
 
     def _candidate(self) -> Candidate | None:
         """The round that this rank would start now, or after the commit of one that is staged."""
-        self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
+        self._status.show(Field.QUARANTINED_ROWS, self._stagers.quarantined)
         if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
         if self._held:
@@ -271,17 +274,28 @@ class Loader:
         if committed:
             self._commit()
         if self._active is None and outcome.start:
-            self._start()
+            self._start(at_once=not committed)
         return committed
 
-    def _start(self) -> None:
+    def _start(self, at_once: bool) -> None:
+        """The voted round is under way; its transfer begins in the next step if this one commits,
+        so that no thread of ours competes with the copies of a commit, here or on another rank."""
         assert self._voted is not None
         self._active = active = self._voted
         self._active_since = self._step
         self._inbox.take(active.identity)
         if self._home and self._home[0].identity == active.identity:
             self._home.popleft()
-        self._status[Field.STATE] = State.STAGING
+        self._status.show(Field.STATE, State.STAGING)
+        self._begins_later = not at_once
+        if at_once:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Hand the round under way to the stager."""
+        active = self._active
+        assert active is not None
+        self._begins_later = False
         tables = functools.partial(
             self._engine.tables,
             np.flatnonzero(np.bincount(active.moves["layer"])),
@@ -302,7 +316,7 @@ class Loader:
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
         self._inbox.tell(Field.COMMITTED_ROUND, active.round)
-        self._status[Field.STATE] = State.IDLE
+        self._status.show(Field.STATE, State.IDLE)
         self._active = None
 
     def _turn_epoch(self) -> None:

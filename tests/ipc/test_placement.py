@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.ipc.placement import MOVE, PlacementError, apply_moves, check_placement
+from flash_eplb.ipc.placement import (
+    MOVE,
+    PlacementError,
+    apply_moves,
+    check_placement,
+    try_moves,
+)
 
 
 def round_robin(layers, ranks, slots, experts):
@@ -126,3 +132,50 @@ def test_a_move_that_does_not_fit_is_named(rows, message):
 def test_moves_of_another_type_are_refused():
     with pytest.raises(PlacementError, match=r"moves are int64\[0, 6\]; they must be MOVE\[n\]"):
         apply_moves(round_robin(1, 2, 2, 4), np.empty((0, 6), np.int64))
+
+
+CELL = st.integers(-1, 3)
+RIGHT = np.array([[[0, 1, 2], [3, 0, 1]], [[3, 2, 0], [1, 0, 3]]], np.int32)
+
+
+@st.composite
+def fitting_moves(draw):
+    """Moves whose sources hold their experts, most of them; what they lead to is another matter."""
+    made = []
+    for _ in range(draw(st.integers(1, 4))):
+        layer, rank, slot = (
+            draw(st.integers(0, 1)),
+            draw(st.integers(0, 1)),
+            draw(st.integers(0, 2)),
+        )
+        made.append(
+            (layer, RIGHT[layer, rank, slot], rank, slot, 1 - rank, draw(st.integers(0, 2)))
+        )
+    return made
+
+
+def said(placement, made, rows):
+    """What the functions that have words for it say."""
+    try:
+        after = apply_moves(placement, made)
+        check_placement(after, 4)
+    except PlacementError:
+        return None
+    return after if np.bincount(made["rank"]).max() <= rows else None
+
+
+@given(st.one_of(fitting_moves(), st.lists(st.tuples(*[CELL] * 6), min_size=1, max_size=3)))
+def test_moves_are_tried_as_they_are_applied_and_checked(made):
+    made = moves(*made)
+    for rows in (1, 3):
+        right, after = try_moves(RIGHT, made.view(np.int32).reshape(-1, 6), 4, rows)
+        expected = said(RIGHT, made, rows)
+        assert right == (expected is not None)
+        if right:
+            assert np.array_equal(after, expected)
+
+
+def test_moves_that_are_right_are_found_so():
+    swap = moves((0, 2, 0, 2, 1, 0), (0, 3, 1, 0, 0, 2))
+    assert said(RIGHT, swap, 1) is not None
+    assert try_moves(RIGHT, swap.view(np.int32).reshape(-1, 6), 4, 1)[0]
