@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from ..ipc.rank_segment import RankSegment
 from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
@@ -34,7 +33,7 @@ from .inbox import HOME, Inbox, Pending
 from .patrol import Patrol
 from .stager import Result
 from .stager_pool import StagerPool
-from .staging import reorder_slots
+from .staging import copy_rows, reorder_slots
 from .vote import Ballot, Outcome, Vote, reason_to_stop
 
 log = logging.getLogger("flash_eplb.loader")
@@ -370,9 +369,3 @@ class Loader:
     def close(self) -> None:
         """Let the stagers' threads end."""
         self._stagers.close()
-
-
-def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
-    """Write what was staged over what is live, one for one, in one call."""
-    if live:
-        torch._foreach_copy_(live, staged)

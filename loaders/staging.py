@@ -41,6 +41,12 @@ def slot_views(layer: Sequence[torch.Tensor], slot: int) -> list[torch.Tensor]:
     return views
 
 
+def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
+    """Write what was staged over what is live, one for one, in one call."""
+    if live:
+        torch._foreach_copy_(live, staged)
+
+
 def reorder_slots(layer: Sequence[torch.Tensor], before: np.ndarray, after: np.ndarray) -> None:
     """Exchange the slots of the experts of one rank, in place, with room for one of them.
 
