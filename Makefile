@@ -18,7 +18,7 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not vllm"
 
-# the long form of the tests of shared memory: about an hour
+# the long form of the tests of shared memory and of the loaders: some hours
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --soak -o timeout=0 $(ARGS)
 

@@ -81,7 +81,7 @@ def step_of(segment: RankSegment, number: int) -> Callable[[], None]:
         segment.heat.push(number, *fields, counts, span)
         segment.board.write(number, placement)
         segment.status[Field.STEP] = number
-        segment.status.add(Field.COMMITTED)
+        segment.status[Field.COMMITTED] = segment.status[Field.COMMITTED] + 1
 
     return write
 

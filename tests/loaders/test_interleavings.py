@@ -63,7 +63,7 @@ def explore(play):
 
 
 def test_a_planner_dies_halfway_and_its_successor_reuses_the_numbers(explore, amount):
-    seeds = amount(200, 20_000)
+    seeds = amount(200, 5_000)
     seen = explore(seeds, DEATHS, events=120)
     assert seen["halfway"] > seeds / 2
     assert seen["number reused"] > seeds
@@ -71,14 +71,14 @@ def test_a_planner_dies_halfway_and_its_successor_reuses_the_numbers(explore, am
 
 
 def test_a_failure_on_one_rank_before_and_after_others_have_staged(explore, amount):
-    seeds = amount(200, 20_000)
+    seeds = amount(200, 5_000)
     seen = explore(seeds, FAILURES)
     assert min(seen["early failure"], seen["late failure"]) > seeds / 4
     assert min(seen["abort"], seen["commit"]) > seeds / 2
 
 
 def test_rows_that_arrive_late_after_an_abort(explore, amount):
-    seeds = amount(200, 20_000)
+    seeds = amount(200, 5_000)
     seen = explore(seeds, HANGS, events=160, rows=4)
     assert seen["late row"] > seeds / 4
     assert seen["late row beside a round"] > seeds / 25
@@ -87,14 +87,14 @@ def test_rows_that_arrive_late_after_an_abort(explore, amount):
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_any_budget_from_one_row_up(explore, amount, rows):
-    seeds = amount(60, 5000)
+    seeds = amount(60, 1_500)
     seen = explore(seeds, Faults(), events=60, rows=rows)
     assert seen["commit"] > 2 * seeds
 
 
 def test_all_faults_together(explore, amount, monkeypatch):
     monkeypatch.setattr(stager_pool, "MOST_HUNG", 2)
-    seeds = amount(200, 20_000)
+    seeds = amount(200, 5_000)
     seen = explore(seeds, ALL, events=140)
     assert min(seen[what] for what in ("early failure", "late failure", "abort")) > seeds / 10
     assert min(seen["halfway"], seen["number reused"], seen["late row"]) > seeds / 10

@@ -71,7 +71,7 @@ def test_routing_follows_the_columns():
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    ("rows", "plans", "moves"), [(1, (1, 20), 60), (2, (1, 60), 90), (8, (3, 120), 120)]
+    ("rows", "plans", "moves"), [(1, (1, 30), 60), (2, (1, 70), 90), (8, (3, 130), 120)]
 )
 def test_any_plans_are_committed_right_within_any_budget(session, amount, rows, plans, moves):
     """Eight ranks, twelve layers, 64 experts, transfers and votes delayed at random."""
