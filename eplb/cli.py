@@ -13,23 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from . import cli_replay
 from . import config as settings
+from .choice import SETTINGS_OF, choose, load, options_of, refusal
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
 
 log = logging.getLogger("flash_eplb.planner")
-
-SETTINGS_OF = {
-    "min_excess": "min_excess",
-    "min_gain": "min_gain",
-    "max_moves": "max_moves",
-    "max_layers": "max_layers",
-    "effort": "effort",
-    "routing": "routing",
-    "threads": "planner_threads",
-}
-"""Settings that are options of policies, by the name of the option."""
 
 app = typer.Typer(
     name="eplb",
@@ -39,15 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+__all__ = ["SETTINGS_OF", "app", "compile_kernels", "main"]
+
 Session = Annotated[str | None, typer.Option(help="Session of the engine (EPLB_SESSION).")]
-
-
-def _load(**overrides: Any) -> settings.Config:
-    try:
-        return settings.load_config(**overrides)
-    except settings.ConfigError as error:
-        typer.echo(f"eplb: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -65,14 +50,15 @@ def planner(
     from ..planners.engine_loop import Pace
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
+    from ..planners.recorder import recorder_of
     from .logs import configure
 
-    config = _load(session=session)
+    config = load(session=session)
     configure(config.log_level)
     for name in settings.unknown_variables():
         typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
-    choice = _choose(config)
-    options = _options(config, choice)
+    choice = choose(config.policy)
+    options = options_of(config, choice)
 
     def make_policy(ranks: int, slots: int) -> Policy:
         near = min(config.ranks_per_node or ranks, ranks)
@@ -90,41 +76,24 @@ def planner(
         log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
         compile_kernels(choice)
         per_node = config.ranks_per_node or None
-        _run(lambda: Planner(config.session, make_policy, pace, exit_with_engine, per_node))
+        record = recorder_of(
+            config.record, config.record_mb, config.session, config.model_dump(mode="json")
+        )
+        _run(
+            lambda: Planner(
+                config.session,
+                make_policy,
+                pace,
+                exit_with_engine,
+                per_node,
+                make_recorder=record,
+            )
+        )
     except SegmentError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(1) from None
     except PolicyError as error:
-        raise _refusal(error) from None
-
-
-def _choose(config: settings.Config) -> Choice:
-    """The policy of EPLB_POLICY, loaded; the command ends with 2 if there is none."""
-    from ..planners.policy import PolicyError, choose_policy
-
-    try:
-        return choose_policy(config.policy)
-    except PolicyError as error:
-        raise _refusal(error) from None
-
-
-def _options(config: settings.Config, choice: Choice) -> dict[str, Any]:
-    """The settings that a policy may take; says which of those that were set this one does not."""
-    options = {option: getattr(config, name) for option, name in SETTINGS_OF.items()}
-    for option in ("max_moves", "max_layers"):
-        options[option] = options[option] or None
-    for option, name in SETTINGS_OF.items():
-        if option not in choice.options and settings.source(name) != "default":
-            variable = settings.PREFIX + name.upper()
-            typer.echo(f"eplb: {variable} does nothing with EPLB_POLICY={choice.name}", err=True)
-    return options
-
-
-def _refusal(error: Exception) -> typer.Exit:
-    """What ends a command whose policy cannot be used; its author finds the traceback in DEBUG."""
-    log.debug("the policy cannot be used", exc_info=error)
-    typer.echo(f"eplb: {error}", err=True)
-    return typer.Exit(2)
+        raise refusal(error) from None
 
 
 def _run(make_planner: Any) -> None:
@@ -162,7 +131,7 @@ def show_config() -> None:
     """
     from ..planners.policy import known_policies
 
-    config = _load()
+    config = load()
     table = Table(title="Settings")
     table.add_column("variable", no_wrap=True)
     for heading in ("value", "source", "allowed", "meaning"):
@@ -194,7 +163,7 @@ def status(session: Session = None) -> None:
     from ..ipc.status import Field, state_name
     from ..planners.group import Group
 
-    config = _load(session=session)
+    config = load(session=session)
     try:
         there = owner_is_alive(planner_name(config.session))
         group = Group.attach(config.session)
@@ -223,7 +192,7 @@ def clean(
     from ..ipc.liveness import SegmentError
     from ..ipc.session import dead_names, remove_dead, session_lock, sessions
 
-    chosen = [_load(session=session).session] if session else sessions()
+    chosen = [load(session=session).session] if session else sessions()
     found = failed = 0
     for name in chosen:
         try:
@@ -264,9 +233,12 @@ def warmup() -> None:
     from ..planners.policy import PolicyError
 
     try:
-        compile_kernels(_choose(_load()))
+        compile_kernels(choose(load().policy))
     except PolicyError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
+
+
+app.command()(cli_replay.replay)
 
 
 @app.command()

@@ -98,6 +98,12 @@ class Config(BaseSettings):
         description="steps from one live expert whose digest is checked to the next; 0: never",
     )
     ring_steps: int = Field(256, ge=8, le=65536, description="steps that the heat ring holds")
+    record: str = Field(
+        "", description="folder that the planner records heat and plans in; empty: none"
+    )
+    record_mb: int = Field(
+        1024, ge=1, le=10**7, description="MiB of a recording, the oldest of which is removed"
+    )
     log_level: str = Field(
         "INFO",
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",
@@ -147,6 +153,8 @@ def allowed(name: str) -> str:
         return "uniform or weighted"
     if name == "transport":
         return "auto, gloo, nccl, hccl or engine"
+    if name == "record":
+        return "the path of a folder, or nothing"
     if name == "effort":
         return "fast, balanced or thorough"
     if name == "policy":

@@ -18,6 +18,7 @@ from .episodes import EpisodeWindow
 from .group import Group
 from .guard import Guard, Proposal
 from .policy import Policy
+from .recorder import NoRecorder
 from .step_heat import StepHeat
 
 log = logging.getLogger("flash_eplb.planner")
@@ -52,6 +53,7 @@ class EngineLoop:
         wake: called from that thread's completion, so that `turn` comes soon.
         ranks_per_node: consecutive ranks that share a node, from which experts are taken first;
             None if all do.
+        recorder: told of what is read and done; None records nothing.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class EngineLoop:
         executor: Executor,
         wake: Callable[[], None],
         ranks_per_node: int | None = None,
+        recorder: NoRecorder | None = None,
     ):
         shape = group.shape
         self._group = group
@@ -71,11 +74,13 @@ class EngineLoop:
         self._generation = generation
         self._executor = executor
         self._wake = wake
+        self._recorder = recorder or NoRecorder()
         self._window = EpisodeWindow(
             shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
         )
         self._delivery: Delivery | None = None
         self._planning: Future[Proposal | None] | None = None
+        self._planning_seconds = 0.0
         self._planned_from = -1
         self._plans = 0
         self._sequence = 1
@@ -110,6 +115,7 @@ class EngineLoop:
         elif self._epoch < 0 or any(step.epoch > self._epoch for step in steps):
             self._read_boards()  # a round of a planner before us, or of a plan given up, came late
         for step in steps:
+            self._recorder.step(step)
             self._window.add(step)
         if self._planning is not None:
             if self._planning.done():
@@ -144,7 +150,11 @@ class EngineLoop:
                 self._resumed = True
                 log.info("resuming from epoch %d of the placement boards", board[0])
             self._epoch, self._placement = board
-            self._window.learn(*board)
+            self._learn(*board)
+
+    def _learn(self, epoch: int, placement: np.ndarray) -> None:
+        self._window.learn(epoch, placement)
+        self._recorder.placement(epoch, placement)
 
     def _is_due(self) -> bool:
         if self._epoch < 0 or self._window.count < self._next_plan:
@@ -179,9 +189,15 @@ class EngineLoop:
         self._planned_from = self._epoch
         self._next_plan = self._window.count + self._pace.plan_interval
         self._planning = self._executor.submit(
-            self._guard.propose, self._window.heat(), self._placement, self._group.free_rows()
+            self._propose, self._window.heat(), self._placement, self._group.free_rows()
         )
         self._planning.add_done_callback(lambda _: self._wake())
+
+    def _propose(self, heat: np.ndarray, placement: np.ndarray, rows: int) -> Proposal | None:
+        begun = time.monotonic()
+        proposal = self._guard.propose(heat, placement, rows)
+        self._planning_seconds = time.monotonic() - begun
+        return proposal
 
     def _send(self, proposal: Proposal | None) -> None:
         """Begin to deliver the plan; one that wins nothing or was refused is not sent.
@@ -210,6 +226,7 @@ class EngineLoop:
             self._pace.timeout_steps,
         )
         self._sequence = self._delivery.next_sequence
+        self._recorder.plan(self._plans, self._epoch, plan, rounds, self._planning_seconds)
         picked = list(plan.layers)
         log.info(
             "plan %d: %d of %d layers, %d moves in %d rounds; PAR measured %.3f, "
@@ -235,13 +252,14 @@ class EngineLoop:
     def _follow_delivery(self, delivery: Delivery) -> None:
         progress = delivery.advance()
         for epoch, placement in delivery.placements():
-            self._window.learn(epoch, placement)
+            self._learn(epoch, placement)
         if progress is Progress.UNDER_WAY:
             return
         if progress is Progress.DONE:
             log.info("plan %d committed", self._plans)
         else:
             log.warning("plan %d given up: %s", self._plans, delivery.reason)
+        self._recorder.ended(self._plans, progress is Progress.DONE)
         self._delivery = None
         self._epoch = -1
         self._read_boards()

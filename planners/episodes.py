@@ -13,7 +13,7 @@ _EPOCHS_KEPT = 256
 
 
 @njit(cache=True, nogil=True)
-def _add_logical(total, heat, placement):
+def add_logical(total, heat, placement):
     """Add physical heat [layers, columns] to `total` [layers, experts] by `placement`."""
     for layer in range(heat.shape[0]):
         for column in range(heat.shape[1]):
@@ -70,7 +70,7 @@ class EpisodeWindow:
             return
         if not step.heat.any():
             return
-        _add_logical(self._total, step.heat, placement)
+        add_logical(self._total, step.heat, placement)
         load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2)
         self._physical = self._physical + load if self._filled else load
         self._filled += step.span

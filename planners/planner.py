@@ -25,6 +25,7 @@ from ..ipc.session import remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
 from .group import Group
 from .policy import Policy
+from .recorder import MakeRecorder, NoRecorder
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -43,6 +44,7 @@ class Planner:
         pace: when to plan.
         exit_with_engine: return when the engine is gone instead of waiting for the next.
         ranks_per_node: consecutive ranks that share a node; None if all do.
+        make_recorder: called with the engine's shape; None records nothing.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class Planner:
         pace: Pace,
         exit_with_engine: bool = False,
         ranks_per_node: int | None = None,
+        make_recorder: MakeRecorder | None = None,
     ):
         self._session = session
         self._make_policy = make_policy
         self._pace = pace
         self._exit_with_engine = exit_with_engine
         self._ranks_per_node = ranks_per_node
+        self._make_recorder = make_recorder or (lambda shape: NoRecorder())
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
@@ -134,6 +138,7 @@ class Planner:
             self._leave(group)  # it died since it was found
             return
         loop.add_reader(bell.descriptor, self._wake.set)
+        recorder = self._make_recorder(group.shape)
         try:
             for rank in group.ranks:
                 rank.plans.take_over(self._generation)
@@ -150,6 +155,7 @@ class Planner:
                 self._executor,
                 wake,
                 self._ranks_per_node,
+                recorder,
             )
             while not self._stopping.is_set() and group.is_alive():
                 await self._next_bell(bell)
@@ -158,6 +164,7 @@ class Planner:
             loop.remove_reader(bell.descriptor)
             bell.close()
             self._leave(group)
+            recorder.close()
 
     async def _next_bell(self, bell: Doorbell) -> None:
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):

@@ -16,12 +16,19 @@ from ..ipc.shape import GroupShape
 
 
 class StepHeat(NamedTuple):
-    """The group's heat in the `span` steps up to `step`: int64 [layers, P], under one epoch."""
+    """The group's heat in the `span` steps up to `step`: int64 [layers, P], under one epoch.
+
+    `time` is when the latest rank recorded it, in nanoseconds of the monotonic clock; `tokens` are
+    those of the batches that were counted, `flags` those of their steps.
+    """
 
     step: int
     epoch: int
     heat: np.ndarray
     span: int = 1
+    time: int = 0
+    tokens: int = 0
+    flags: int = 0
 
 
 class Part(NamedTuple):
@@ -32,6 +39,8 @@ class Part(NamedTuple):
     epoch: int
     span: int
     heat: np.ndarray
+    time: int = 0
+    tokens: int = 0
 
     @property
     def start(self) -> int:
@@ -45,6 +54,7 @@ class Part(NamedTuple):
             flags=(self.flags | later.flags) & ~FLAG_DUMMY | dummy,
             span=self.span + later.span,
             heat=self.heat + later.heat,
+            tokens=self.tokens + later.tokens,
         )
 
 
@@ -70,7 +80,9 @@ class StepMatcher:
     def add(self, rank: int, records: HeatRecords) -> None:
         """Take the next records of `rank`."""
         columns = (records.steps, records.flags, records.epochs, records.spans)
-        for fields in zip(*(column.tolist() for column in columns), records.heat, strict=True):
+        others = (records.times.tolist(), records.tokens.tolist())
+        cells = (*(column.tolist() for column in columns), records.heat, *others)
+        for fields in zip(*cells, strict=True):
             self._waiting[rank].append(Part(*fields))
 
     def take(self) -> Iterator[list[Part]]:
@@ -109,20 +121,31 @@ def group_heat(parts: list[Part], shape: GroupShape, phase: str) -> StepHeat | N
             rank counts its own batch, the ranks in that phase count; where it counts what arrived
             from all batches, all do if the step has the phase.
     """
-    first = parts[0]
     if shape.counts_own_slots:
         flags = functools.reduce(operator.or_, (part.flags for part in parts))
         if all(part.flags & FLAG_DUMMY for part in parts) or not _is_in(phase, flags):
             return None
         heat = np.concatenate([part.heat for part in parts], axis=1, dtype=np.int64)
-    else:
-        chosen = [
-            part.heat for part in parts if not part.flags & FLAG_DUMMY and _is_in(phase, part.flags)
-        ]
-        if not chosen:
-            return None
-        heat = np.sum(chosen, axis=0, dtype=np.int64)
-    return StepHeat(first.step, first.epoch, heat, first.span)
+        return _of_group([parts[rank] for rank in shape.counting], heat)
+    chosen = [part for part in parts if not part.flags & FLAG_DUMMY and _is_in(phase, part.flags)]
+    if not chosen:
+        return None
+    heat = np.add.reduce([part.heat for part in chosen], axis=0, dtype=np.int64)
+    return _of_group(chosen, heat)
+
+
+def _of_group(counted: list[Part], heat: np.ndarray) -> StepHeat:
+    """`heat` with what is known of the batches that it counts."""
+    first = counted[0]
+    return StepHeat(
+        first.step,
+        first.epoch,
+        heat,
+        first.span,
+        time=max(part.time for part in counted),
+        tokens=sum(part.tokens for part in counted if not part.flags & FLAG_DUMMY),
+        flags=functools.reduce(operator.or_, (part.flags for part in counted)) & ~FLAG_DUMMY,
+    )
 
 
 def _is_in(phase: str, flags: int) -> bool:

@@ -161,7 +161,9 @@ def test_the_size_of_a_node_reaches_the_planner(environment):
     environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
     environment.setattr("flash_eplb.eplb.cli.compile_kernels", lambda choice: None)
     environment.setattr("flash_eplb.eplb.cli._run", lambda make: made.append(make()))
-    environment.setattr("flash_eplb.planners.planner.Planner", lambda *arguments: arguments[-1])
+    environment.setattr(
+        "flash_eplb.planners.planner.Planner", lambda *arguments, **_: arguments[-1]
+    )
     made = []
     for value in ("0", "8"):
         environment.setenv("EPLB_RANKS_PER_NODE", value)
@@ -348,7 +350,7 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", ["planner", "config", "status", "clean", "demo", "warmup", "version"]
+    "command", ["planner", "config", "status", "clean", "replay", "demo", "warmup", "version"]
 )
 def test_every_command_explains_itself(command):
     result = eplb(command, "--help")

@@ -202,3 +202,29 @@ def test_a_part_is_a_dummy_only_if_all_of_its_steps_are():
     assert dummy.followed_by(dummy).flags == FLAG_DUMMY
     assert dummy.followed_by(real).flags == real.followed_by(dummy).flags == 0
     assert dummy.followed_by(real).heat.tolist() == [[11] * 4]
+
+
+def test_what_is_known_of_the_batches_goes_with_their_heat():
+    dummy, real = parts(FLAG_DUMMY, FLAG_DECODE)
+    told = [dummy._replace(time=9, tokens=5), real._replace(time=8, tokens=7)]
+    step = group_heat(told, OF_ALL, "all")
+    assert (step.time, step.tokens, step.flags) == (8, 7, FLAG_DECODE)
+    own = [part._replace(heat=part.heat[:, :2]) for part in told]
+    step = group_heat(own, OF_OWN, "all")
+    assert (step.time, step.tokens, step.flags) == (9, 7, FLAG_DECODE)
+    both = told[1].followed_by(told[1]._replace(time=10, tokens=3))
+    assert (both.time, both.tokens) == (10, 10)
+
+
+def test_where_ranks_run_the_same_tokens_they_count_once():
+    shape = GroupShape(**SHAPE | {"counting": (0,)}, counts_own_slots=True)
+    told = [part._replace(tokens=7) for part in parts(0, 0, columns=2)]
+    assert group_heat(told, shape, "all").tokens == 7
+
+
+def test_the_ring_s_time_and_tokens_reach_the_part():
+    matcher = StepMatcher(1, 8)
+    found = records((1, 1, 0, 5))
+    matcher.add(0, found._replace(times=np.array([3]), tokens=np.array([4])))
+    ((part,),) = matcher.take()
+    assert (part.time, part.tokens) == (3, 4)

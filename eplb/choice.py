@@ -1,0 +1,71 @@
+"""What commands share: the settings, the policy that they name, and how a command ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import config as settings
+
+if TYPE_CHECKING:
+    from ..planners.policy import Choice
+
+log = logging.getLogger("flash_eplb.planner")
+
+SETTINGS_OF = {
+    "min_excess": "min_excess",
+    "min_gain": "min_gain",
+    "max_moves": "max_moves",
+    "max_layers": "max_layers",
+    "effort": "effort",
+    "routing": "routing",
+    "threads": "planner_threads",
+}
+"""Settings that are options of policies, by the name of the option."""
+
+
+def load(**overrides: Any) -> settings.Config:
+    """The settings; the command ends with 2 and all wrong values if there are any."""
+    try:
+        return settings.load_config(**overrides)
+    except settings.ConfigError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:
+    """The policy `name`, loaded; the command ends with 2 if there is none.
+
+    Args:
+        name: of the policy.
+        source: what named it, as an error says it.
+    """
+    from ..planners.policy import PolicyError, choose_policy
+
+    try:
+        return choose_policy(name)
+    except PolicyError as error:
+        raise refusal(error, source) from None
+
+
+def options_of(
+    config: settings.Config, choice: Choice, source: str = "EPLB_POLICY="
+) -> dict[str, Any]:
+    """The settings that a policy may take; says which of those that were set this one does not."""
+    options = {option: getattr(config, name) for option, name in SETTINGS_OF.items()}
+    for option in ("max_moves", "max_layers"):
+        options[option] = options[option] or None
+    for option, name in SETTINGS_OF.items():
+        if option not in choice.options and settings.source(name) != "default":
+            variable = settings.PREFIX + name.upper()
+            typer.echo(f"eplb: {variable} does nothing with {source}{choice.name}", err=True)
+    return options
+
+
+def refusal(error: Exception, source: str = "EPLB_POLICY=") -> typer.Exit:
+    """What ends a command whose policy cannot be used; its author finds the traceback in DEBUG."""
+    log.debug("the policy cannot be used", exc_info=error)
+    typer.echo(f"eplb: {str(error).replace('EPLB_POLICY=', source)}", err=True)
+    return typer.Exit(2)

@@ -1,0 +1,274 @@
+"""The command `eplb replay`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .choice import choose, load, options_of, refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..planners.heat_file import HeatFile
+    from ..planners.recording import Recording
+    from ..planners.replay import Outcome, Replay
+    from .config import Config
+
+_ROWS = 8
+_BY = "--policy "
+
+
+def replay(
+    path: Annotated[str, typer.Argument(help="Folder of EPLB_RECORD, or .npy, .npz or .pt file.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policy; give it again for more.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="EP ranks; 0: those recorded.")] = 0,
+    slots_per_rank: Annotated[int, typer.Option(help="Slots per rank; 0: those recorded.")] = 0,
+    delay: Annotated[int, typer.Option(help="Steps from a plan to its first round.")] = 16,
+    round_steps: Annotated[int, typer.Option(help="Steps from one round to the next.")] = 8,
+    moe_share: Annotated[float, typer.Option(help="Share of MoE layers in a step's time.")] = 0.6,
+    json_file: Annotated[str, typer.Option("--json", help="Write the figures here, too.")] = "",
+) -> None:
+    """Play recorded heat through policies as a planner would have, and compare them.
+
+    Episodes, window and all else are those of the EPLB_ variables.
+
+    Example: eplb replay recording --policy flashlb --policy static
+    """
+    _check(ranks, slots_per_rank, delay, round_steps, moe_share)
+    config = load()
+    target = _target(json_file)
+    names = list(dict.fromkeys(policy or [config.policy, "static"]))
+    choices = {name: choose(name, _BY) for name in names}
+    with _one_sentence():
+        from ..planners.heat_file import open_heat
+        from ..planners.replay import Delay, step_time
+
+        source = open_heat(path)
+        start, origin = _start(source, ranks, slots_per_rank)
+    rows = config.staging_rows or _rows_of(source)
+    timing = Delay(delay, round_steps, rows)
+    replays = {
+        name: _replay(config, choice, start, source.experts, timing)
+        for name, choice in choices.items()
+    }
+    replayed = list(replays.values())
+    if "static" not in replays:
+        static = choose("static")
+        replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
+    with _one_sentence():
+        _play(source, replayed)
+    outcomes = {name: found.outcome() for name, found in replays.items()}
+    base = outcomes.get("static") or replayed[-1].outcome()
+    if not base.steps:
+        _fail(
+            f"{path} has no step with tokens whose placement is known; there is nothing to replay"
+        )
+    times = {name: step_time(found, base, moe_share) for name, found in outcomes.items()}
+    _show(outcomes, times)
+    for note in _notes(source, config, start, origin, timing, moe_share):
+        typer.echo(note)
+    if target:
+        _write(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
+
+
+def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: float) -> None:
+    least = (
+        ("--ranks", ranks, 0),
+        ("--slots-per-rank", slots, 0),
+        ("--delay", delay, 0),
+        ("--round-steps", round_steps, 1),
+    )
+    for name, value, bound in least:
+        if value < bound:
+            _fail(f"{name} is {value}; it must be at least {bound}")
+    if not 0 <= moe_share <= 1:
+        _fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
+    if bool(ranks) != bool(slots):
+        _fail("--ranks and --slots-per-rank go together; give both or none")
+
+
+def _fail(text: str) -> None:
+    typer.echo(f"eplb: {text}", err=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """End the command with 2 and what an unfit file says."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _target(json_file: str) -> Path | None:
+    """Where the figures go; refused before the work if it cannot be written."""
+    if not json_file:
+        return None
+    path = Path(json_file)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        _fail(f"--json {json_file} cannot be written; name a file in a folder that is there")
+    return path
+
+
+def _start(source: Recording | HeatFile, ranks: int, slots: int) -> tuple[np.ndarray, str]:
+    """Where the replay starts, and in words where that is from."""
+    from ..planners.recording import Recording, RecordingError
+    from ..planners.replay import linear_placement
+
+    if isinstance(source, Recording) and (
+        not ranks or (ranks, slots) == (source.ranks, source.slots)
+    ):
+        placement = source.first_placement()
+        if placement is not None:
+            return placement, "the first recorded placement"
+        ranks, slots = source.ranks, source.slots
+    if not ranks:
+        raise RecordingError("a file of counts tells no ranks: give --ranks and --slots-per-rank")
+    return (
+        linear_placement(source.layers, source.experts, ranks, slots),
+        "vLLM's placement at its start",
+    )
+
+
+def _rows_of(source: Any) -> int:
+    return int(getattr(source, "header", {}).get("staging_rows") or _ROWS)
+
+
+def _replay(
+    config: Config, choice: Any, start: np.ndarray, experts: int, timing: Any, quiet: bool = False
+) -> Replay:
+    from ..planners.engine_loop import Pace
+    from ..planners.policy import PolicyError
+    from ..planners.replay import Replay
+
+    ranks, slots = start.shape[1:]
+    near = min(config.ranks_per_node or ranks, ranks)
+    try:
+        options = {} if quiet else options_of(config, choice, _BY)
+        choice.warm_up()
+        policy = choice.make(ranks, slots, near, **options)
+    except PolicyError as error:
+        raise refusal(error, _BY) from None
+    pace = Pace(
+        episode_steps=config.episode_steps,
+        window_episodes=config.window_episodes,
+        min_episodes=config.min_episodes,
+        plan_interval=config.plan_interval,
+        timeout_steps=0,
+    )
+    return Replay(policy, start, experts, pace, timing, config.ranks_per_node or None)
+
+
+def _play(source: Recording | HeatFile, replays: list[Replay]) -> None:
+    """Every step to every policy, with a bar on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("replaying", total=len(source))
+        for counts in source.counts():
+            for each in replays:
+                each.add(counts)
+            progress.advance(task)
+
+
+def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
+    table = Table(title="Replay")
+    table.add_column("policy", no_wrap=True)
+    headings = (
+        "PAR of steps, mean",
+        "p95",
+        "PAR of episodes, mean",
+        "p95",
+        "plans",
+        "slots moved",
+        "of all, per plan",
+        "planning, ms",
+        "step time",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, found in outcomes.items():
+        table.add_row(
+            name,
+            *(f"{value:.3f}" for value in (*found.step_par, *found.episode_par)),
+            f"{found.plans}" + (f" ({found.refused} refused)" if found.refused else ""),
+            str(found.moves),
+            f"{found.moved_per_plan:.1%}",
+            f"{found.planning_ms[0]:.1f}",
+            f"{times[name] - 1:+.1%}",
+        )
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def _notes(
+    source: Any, config: Config, start: np.ndarray, origin: str, timing: Any, moe_share: float
+) -> list[str]:
+    layers, ranks, slots = start.shape
+    notes = [
+        f"{layers} layers, {source.experts} experts on {ranks} ranks x {slots} slots, starting "
+        f"from {origin}; episodes of {config.episode_steps} steps, plans on "
+        f"{config.window_episodes} of them every {config.plan_interval}; a plan's first round "
+        f"commits after {timing.first} steps, each further one of {timing.rows} rows per rank "
+        f"after {timing.each}.",
+        f"Step time: {moe_share:.0%} of a step under the placement at the start is taken to be "
+        "MoE, each layer as long as its busiest rank has tokens; all else stays, and moves cost "
+        "nothing.",
+    ]
+    unplaced, dropped = getattr(source, "unplaced", 0), getattr(source, "dropped", 0)
+    missing = getattr(source, "missing", [])
+    if unplaced:
+        notes.append(f"{unplaced} steps are left out: their placement was not recorded.")
+    if dropped:
+        notes.append(f"{dropped} steps are not in the recording: its disk was too slow.")
+    if missing:
+        notes.append(f"{len(missing)} chunks are missing, from {missing[0]:06}.npz on.")
+    return notes
+
+
+def _as_json(
+    path: str,
+    outcomes: dict[str, Outcome],
+    times: dict[str, float],
+    start: np.ndarray,
+    timing: Any,
+    moe_share: float,
+    config: Config,
+) -> dict[str, Any]:
+    layers, ranks, slots = start.shape
+    found = {name: each.as_json() | {"step_time": times[name]} for name, each in outcomes.items()}
+    return {
+        "path": path,
+        "layers": layers,
+        "ranks": ranks,
+        "slots_per_rank": slots,
+        "delay": timing.first,
+        "round_steps": timing.each,
+        "staging_rows": timing.rows,
+        "moe_share": moe_share,
+        "settings": config.model_dump(mode="json"),
+        "policies": found,
+    }
+
+
+def _write(target: Path, figures: dict[str, Any]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        _fail(f"--json {target} cannot be written: {error}")

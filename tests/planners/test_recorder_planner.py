@@ -1,0 +1,71 @@
+import asyncio
+import logging
+
+import numpy as np
+from fake_engine import FakeEngine
+from recordings import stopped
+from test_planner import PACE, SKEWED, run, until
+
+from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.planner import Planner
+from flash_eplb.planners.recorder import NoRecorder, recorder_of
+from flash_eplb.planners.recording import Recording
+
+
+def test_a_planner_records_its_heat_and_what_it_does(session, tmp_path):
+    engine = FakeEngine(session)
+    before = engine.placement
+    made = recorder_of(str(tmp_path), 10, session, {"policy": "flashlb"})
+
+    async def scenario():
+        planner = Planner(session, FlashLB, PACE, exit_with_engine=True, make_recorder=made)
+        task = asyncio.create_task(planner.run())
+        await until(engine, lambda: engine.epoch >= 1)
+        await until(engine, lambda: not engine.steps % 40)
+        planner.stop()
+        await task
+
+    run(scenario())
+    recording = Recording(tmp_path)
+    assert recording.header["session"] == session
+    assert recording.header["settings"] == {"policy": "flashlb"}
+    assert recording.header["models"] == ["fake"]
+    steps = list(recording.steps())
+    assert [one.step for one in steps] == list(range(steps[0].step, steps[0].step + len(steps)))
+    assert {one.tokens for one in steps} == {8}
+    placements = {epoch: placement for (_, epoch), placement in recording.placements().items()}
+    assert (placements[0] == before).all()
+    assert (placements[engine.epoch] == engine.placement).all()
+    (plan,) = recording.table("plans")[:1]
+    assert plan["epoch"] == 0
+    assert plan["seconds"] > 0
+    assert plan["par_after"] < plan["par_before"]
+    (outcome,) = recording.table("outcomes")[:1]
+    assert outcome["committed"]
+    assert outcome["plan"] == plan["plan"]
+    counted = next(iter(recording.counts())).heat
+    replicas = [np.bincount(layer.ravel(), minlength=8) for layer in before]
+    assert (abs(counted - SKEWED) < np.array(replicas)).all()
+    engine.close()
+
+
+def test_planning_goes_on_without_a_place_to_record(session, tmp_path, caplog):
+    engine = FakeEngine(session)
+    (tmp_path / "file").write_text("")
+    made = recorder_of(str(tmp_path / "file" / "folder"), 10, session, {})
+
+    async def scenario():
+        planner = Planner(session, FlashLB, PACE, make_recorder=made)
+        task = asyncio.create_task(planner.run())
+        await until(engine, lambda: engine.epoch >= 1)
+        planner.stop()
+        await task
+
+    with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
+        run(scenario())
+    assert "Not a directory" in stopped(caplog)
+    engine.close()
+
+
+def test_nothing_is_recorded_unless_it_is_asked_for():
+    assert type(recorder_of("", 10, "s", {})(None)) is NoRecorder
