@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-SHARED = {"e_score_correction_bias", "w13_input_scale", "w2_input_scale", "hash_indices_table"}
+SHARED = {
+    "e_score_correction_bias",
+    "w13_input_scale",
+    "w2_input_scale",
+    "hash_indices_table",
+    "expert_local_to_global",
+}
 """Names by which vLLM's layers hold what is equal for all of a rank's experts."""
 
 _DEEPEST = 6  # from a layer to the tensors of its kernel's quantisation config
@@ -34,9 +40,15 @@ def left_behind(layer: Any, moved: list[torch.Tensor], slots: int) -> str:
             and tensor.stride(0) != 0
             and name.rpartition(".")[2] not in SHARED
             and tensor.untyped_storage().data_ptr() not in known
+            and not _are_rows_equal(tensor)
         ):
             return name
     return ""
+
+
+def _are_rows_equal(tensor: torch.Tensor) -> bool:
+    """Whether it tells the same of each expert, as strides, limits and dummy scales do."""
+    return len(tensor) > 1 and bool((tensor == tensor[:1]).all())
 
 
 def _tensors(

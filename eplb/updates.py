@@ -11,34 +11,42 @@ from .hooks import Method, wrap_once
 
 log = logging.getLogger("flash_eplb.worker")
 
-BEGINS = ("reload_weights", "start_weight_update", "start_draft_weight_update")
+STARTS = ("start_weight_update", "start_draft_weight_update")
+BEGINS = ("reload_weights", "reset_weights", *STARTS)
 ENDS = ("reload_weights", "finish_weight_update")
 """Methods of vLLM's worker before and after which weights are written, on all ranks."""
 
 
-def follow_updates(worker_class: type, begin: Callable[[], None], end: Callable[[], None]) -> None:
+def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[[], None]) -> None:
     """Let `worker_class` call `begin` before it writes weights and `end` after it has.
 
-    If `begin` raises, nothing is written. If writing fails, nobody knows what the weights are:
-    `end` is not called, and no expert moves until an update succeeds.
+    If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
+    fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
+    called, and no expert moves until an update succeeds.
     """
     for name in dict.fromkeys((*BEGINS, *ENDS)):
         around = begin if name in BEGINS else None, end if name in ENDS else None
-        wrap_once(worker_class, name, functools.partial(_wrapped, *around))
+        undo = end if name in STARTS else None
+        wrap_once(worker_class, name, functools.partial(_wrapped, *around, undo))
 
 
 def _wrapped(
-    begin: Callable[[], None] | None, end: Callable[[], None] | None, original: Method
+    begin: Callable[[], bool] | None,
+    end: Callable[[], None] | None,
+    undo: Callable[[], None] | None,
+    original: Method,
 ) -> Method:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if begin is not None:
-            begin()
+        opened = begin is not None and begin()
         try:
             result = original(*args, **kwargs)
         except BaseException:
-            log.error(
-                "%s failed: no expert moves until weights have been updated", original.__name__
-            )
+            if undo is not None and opened:
+                undo()
+            else:
+                log.error(
+                    "%s failed: no expert moves until weights have been updated", original.__name__
+                )
             raise
         if end is not None:
             end()

@@ -133,10 +133,12 @@ def _settle(runner: Any) -> None:
         worker.settle()
 
 
-def _begin_update() -> None:
+def _begin_update() -> bool:
+    opened = False
     for state in _states:
         if state.worker is not None:
-            state.worker.begin_update()
+            opened |= state.worker.begin_update()
+    return opened
 
 
 def _end_update() -> None:

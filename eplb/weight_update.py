@@ -22,6 +22,8 @@ from .meeting import MeetingError, meet
 
 log = logging.getLogger("flash_eplb.worker")
 
+_MOST_VOTES = 1000  # without a commit, each of which waits for the stager
+
 PATIENCE = 30.0
 """Seconds that a rank waits for the others to be updated too."""
 
@@ -52,19 +54,23 @@ class WeightUpdate:
         self._vote_steps = vote_steps
         self._timeout = timeout
         self._updates = 0
+        self._deadline = 0.0
         self.is_open = False
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> bool:
         """Before the engine writes: bring all experts back, on all ranks.
 
         Args:
             step: this rank's number of steps.
 
+        Returns:
+            whether this call has opened the update; false if it was open.
+
         Raises:
             RuntimeError: the experts are not where the engine would write; nothing may be written.
         """
         if self.is_open:  # an update that failed half-way is begun again
-            return
+            return False
         self._check_not_stopped()
         self._meet("begin", step)
         self._updates += 1
@@ -75,6 +81,7 @@ class WeightUpdate:
             self._loader.release()
             self.is_open = False
             raise
+        return True
 
     def end(self, step: int) -> None:
         """After the engine has written: new digests, and balance on."""
@@ -105,9 +112,12 @@ class WeightUpdate:
         try:
             meet(group.store, name, group.rank, group.ranks, PATIENCE)
         except MeetingError as error:
+            then = {
+                "begin": "nothing was written; pause generation on all of them first",
+                "end": "no expert moves until weights have been updated on all of them",
+            }[what]
             raise RuntimeError(
-                "flash_eplb needs all EP ranks at the same step to update weights: "
-                f"{error}; pause generation on all of them first"
+                f"flash_eplb needs all EP ranks at the same step to update weights: {error}; {then}"
             ) from error
 
     def _bring_home(self) -> None:
@@ -152,14 +162,27 @@ class WeightUpdate:
         return np.array_equal(np.sort(self._loader.placement), np.sort(self._initial))
 
     def _run(self) -> None:
-        """Tick without steps, alike on all ranks, until no round is under way."""
+        """Tick without steps, alike on all ranks, until no round is under way and nobody reads
+        weights; RuntimeError on all of them if that does not come."""
         loader = self._loader
-        ticks = 2 * self._vote_steps  # the votes that were cast before must be heard
-        deadline = time.monotonic() + self._timeout
-        while not loader.stopped and (ticks > 0 or not loader.is_idle):
-            while loader.is_staging and time.monotonic() < deadline:
-                time.sleep(0.0005)
-            if not loader.is_staging:
-                deadline = time.monotonic() + self._timeout
+        ticks, epoch = 0, loader.epoch
+        while not loader.stopped and (ticks < 2 * self._vote_steps or not loader.is_idle):
+            self._wait()
             loader.tick()
-            ticks -= 1
+            # The votes that were cast before must be heard. What counts here is the same on all.
+            ticks = ticks + 1 if loader.epoch == epoch else 0
+            epoch = loader.epoch
+            if ticks > _MOST_VOTES * self._vote_steps:
+                raise RuntimeError("a transfer hangs (the log says which); try again later")
+        self._wait()
+        if loader.is_busy:
+            loader.stop_looking()
+
+    def _wait(self) -> None:
+        """For the stager, which has the time of a transfer for what it is at."""
+        if not self._loader.is_busy:
+            self._deadline = 0.0
+            return
+        self._deadline = self._deadline or time.monotonic() + self._timeout
+        while self._loader.is_busy and time.monotonic() < self._deadline:
+            time.sleep(0.0005)

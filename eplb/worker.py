@@ -82,6 +82,7 @@ class Worker:
         self._started = False
         self._segment: RankSegment | None = None
         self._box_segment: RankSegment | None = None
+        self._stagers: StagerPool | None = None
         self._bell: Doorbell | None = None
         self._watch: PlannerWatch | None = None
 
@@ -251,12 +252,13 @@ class Worker:
             )
             return Stager(engine.weights, staging, transport, group.rank, reference)
 
+        self._stagers = StagerPool(make_stager, group.rank, shape.staging_rows)
         self._collector = HeatCollector(self._segment.heat, engine.loads)
         self._loader = Loader(
             engine,
             self._segment,
             Vote(self._box_segment.ballots, group.rank, self._is_alive, group.patience),
-            StagerPool(make_stager, group.rank, shape.staging_rows),
+            self._stagers,
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
             config.plan_timeout_steps,
@@ -301,14 +303,15 @@ class Worker:
         """The weights are new: so are the digests that prove them."""
         self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
 
-    def begin_update(self) -> None:
+    def begin_update(self) -> bool:
         """The engine is about to write weights, on all ranks: experts go back to where it writes.
+
+        Returns whether an update was opened: false if there is nothing to do, or one is open.
 
         Raises:
             RuntimeError: they cannot; the engine must not write.
         """
-        if self._started and not self.refused:
-            self._update.begin(self._step)
+        return self._started and not self.refused and self._update.begin(self._step)
 
     def end_update(self) -> None:
         """The engine has written weights, on all ranks: prove them and balance on."""
@@ -323,6 +326,9 @@ class Worker:
         if self._bell is not None:
             self._bell.close()
             self._bell = None
+        if self._stagers is not None:
+            self._stagers.close()
+            self._stagers = None
         for segment in (self._segment, self._box_segment):
             if segment is not None:
                 segment.close()

@@ -30,7 +30,7 @@ class State(IntEnum):
 
     IDLE = 0
     STAGING = 1
-    STAGED = 2
+    HELD = 2
     STOPPED = 3
 
 

@@ -133,6 +133,7 @@ class Loader:
                 the epoch of now.
         """
         self._held = True
+        self._status.show(Field.STATE, State.HELD)
         self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
 
     def reorder(self, placement: np.ndarray) -> None:
@@ -156,6 +157,7 @@ class Loader:
         """
         self._turn_epoch()
         self._held = False
+        self._status.show(Field.STATE, State.IDLE)
 
     @property
     def is_idle(self) -> bool:
@@ -163,9 +165,13 @@ class Loader:
         return self._active is None and not self._home
 
     @property
-    def is_staging(self) -> bool:
-        """Whether a round is under way and the stager has not answered."""
-        return self._active is not None and self._stagers.result is None
+    def is_busy(self) -> bool:
+        """Whether the stager is at something: a transfer, a look, or opening connections."""
+        return self._stagers.busy
+
+    def stop_looking(self) -> None:
+        """No stager's answer counts from now on that has not come yet; nothing is under way."""
+        self._stagers.give_up()
 
     @property
     def free_rows(self) -> int:
@@ -241,7 +247,7 @@ class Loader:
                 failed = True
             # A rank that has voted staged may not fail it, and this one may have: so no answer
             # takes back what an earlier vote said, and `hold` lets a staged round commit.
-            failed = failed or (self._held and not staged and self._active.round.generation != HOME)
+            failed = failed or (not staged and self._is_refused(self._active))
         return Ballot(
             candidate=self._voted.identity if self._voted else 0,
             staged=staged,
@@ -272,9 +278,13 @@ class Loader:
         committed = self._active is not None and outcome.staged
         if committed:
             self._commit()
-        if self._active is None and outcome.start:
+        if self._active is None and outcome.start and not self._is_refused(self._voted):
             self._start(at_once=not committed)
         return committed
+
+    def _is_refused(self, candidate: Candidate | None) -> bool:
+        """Whether `hold` has come since all ranks voted for this round; the same on all of them."""
+        return self._held and candidate is not None and candidate.round.generation != HOME
 
     def _start(self, at_once: bool) -> None:
         """The voted round is under way; its transfer begins in the next step if this one commits,
@@ -288,7 +298,7 @@ class Loader:
         self._status.show(Field.STATE, State.STAGING)
         self._begins_later = not at_once
         if at_once:
-            self._begin()
+            self._guard(self._begin)
 
     def _begin(self) -> None:
         """Hand the round under way to the stager."""
@@ -315,7 +325,7 @@ class Loader:
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
         self._inbox.tell(Field.COMMITTED_ROUND, active.round)
-        self._status.show(Field.STATE, State.IDLE)
+        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
         self._active = None
 
     def _turn_epoch(self) -> None:
@@ -352,7 +362,7 @@ class Loader:
         self._status.add(Field.ABORTED)
         self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
         self._inbox.drop_plan(self._active.round)
-        self._status[Field.STATE] = State.IDLE
+        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
         self._active = None
 
     def stop(self, reason: str) -> None:

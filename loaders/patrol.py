@@ -1,7 +1,7 @@
-"""The patrol: live experts looked at one by one, all the time, whether they move or not.
+"""The patrol: live experts looked at one by one while no round is under way, move they or not.
 
 It finds weights that were written in a way we do not see, and memory that has gone bad, within
-layers * slots * `every` steps.
+layers * slots * `every` steps in which nothing moves.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ ended when the result says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -140,6 +141,8 @@ class Stager:
                     self.result = result
                 except Exception as error:  # whatever it is, the vote must hear of it
                     self._fail(errand, error)
+                    with contextlib.suppress(Exception):
+                        stream.finish()  # before the rows count as free
                 self.busy = False
 
     def _fail(self, errand: Errand, error: Exception) -> None:
@@ -149,7 +152,7 @@ class Stager:
         reason = str(error) if damaged else f"{type(error).__name__}: {error}"
         what = "staging failed" if errand.identity else "no connection to the other ranks yet"
         if errand.beat is not None:
-            what = "a live expert has changed"
+            what = "a live expert has changed" if damaged else "a look at a live expert failed"
         log.warning("EP rank %d: %s: %s", self._rank, what, reason)
         changed = isinstance(error, ChangedError)
         self.result = Result(errand.identity, reason, damaged, changed)

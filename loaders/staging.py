@@ -90,7 +90,9 @@ class Staging:
         width = max(sum(map(_aligned, _sizes(layer))) for layer in weights)
         device = weights[0][0].device
         own = rows - self.borrowed
-        self._rows = torch.empty((own, width if own else 0), dtype=torch.uint8, device=device)
+        # An engine makes us within inference mode; the stager's thread, which writes, is outside.
+        with torch.inference_mode(False):
+            self._rows = torch.empty((own, width if own else 0), dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:

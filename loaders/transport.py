@@ -7,6 +7,7 @@ failed a receive may still be under way, so the group is dropped and the next on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+
+log = logging.getLogger("flash_eplb.loader")
 
 _MOST_TENSORS = 64  # of one expert; message tags of two moves lie that far apart
 
@@ -215,6 +218,12 @@ class EngineCommunicator:
 
     def connect(self, epoch: int) -> None:
         """See `Transport`; the engine has opened its connections before."""
+        if epoch > self._epoch == 0:
+            log.warning(
+                "%s cannot be opened anew; experts travel by %s from now on",
+                self._own_name,
+                self._fallback.name,
+            )
         self._epoch = max(epoch, self._epoch)
         if self._epoch:
             self._fallback.connect(epoch)

@@ -21,8 +21,8 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
         wanted: `EPLB_TRANSPORT`.
         device: type of the device that the experts lie on.
         communicator: name of the engine's own communicator, "" if it has none.
-        borrowed: whether all staging rows lie in the engine's buffer, the only memory that such a
-            communicator may write to.
+        borrowed: whether all staging rows lie in the engine's buffer, the only memory that nixl may
+            write to.
 
     Raises:
         ValueError: the one that is wanted cannot serve here.

@@ -176,7 +176,11 @@ class Vote:
                 )
 
     def _check(self, rank: int, waited: float) -> None:
-        if not self._is_alive(rank):
+        try:
+            is_alive = self._is_alive(rank)
+        except Exception:  # it cannot be told now; patience decides
+            is_alive = True
+        if not is_alive:
             raise RuntimeError(f"EP rank {rank} is dead")
         if waited > self._patience:
             raise RuntimeError(f"EP rank {rank} has not voted for {waited:.0f} s")

@@ -24,7 +24,7 @@ class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.w13_weight = torch.nn.Parameter(torch.zeros(SLOTS, 6, 2), requires_grad=False)
-        self.w2_weight = torch.nn.Parameter(torch.zeros(SLOTS, 2, 3), requires_grad=False)
+        self.w2_weight = torch.nn.Parameter(torch.rand(SLOTS, 2, 3), requires_grad=False)
         self.register_buffer("expert_map", torch.zeros(16, dtype=torch.int32))
 
     def moved(self):
@@ -44,6 +44,7 @@ def test_a_parameter_that_is_not_handed_out_is_named():
 @pytest.mark.parametrize("owner", ["buffer", "attribute", "quant_method", "deep"])
 def test_a_derived_tensor_is_found_wherever_it_is_kept(owner):
     layer, scales = Layer(), torch.ones(SLOTS, 1)
+    scales[1] = 2
     if owner == "buffer":
         layer.register_buffer("scales", scales)
     elif owner == "attribute":
@@ -67,7 +68,8 @@ def test_what_all_experts_share_may_stay():
     layer = Layer()
     layer.e_score_correction_bias = torch.zeros(SLOTS)
     layer.quant_method = Part(a1_scale=torch.ones(1).expand(SLOTS), block=torch.zeros(2, SLOTS))
-    layer.w13_input_scale = torch.ones(SLOTS)
+    layer.w13_input_scale = torch.arange(SLOTS)
+    layer.quant_method.ab_strides1 = torch.full((SLOTS,), 64)
     assert left_behind(layer, layer.moved(), SLOTS) == ""
 
 
@@ -91,7 +93,7 @@ def test_a_model_with_such_a_tensor_is_refused_by_name():
         ),
     )
     assert unsupported_model([state], ranks=2) == ""
-    layers[1].quant_method = Part(g1_alphas=torch.ones(SLOTS))
+    layers[1].quant_method = Part(g1_alphas=torch.arange(SLOTS))
     assert unsupported_model([state], ranks=2) == (
         "m: quant_method.g1_alphas of MoE layer 1 has a row for each expert and vLLM does not hand "
         "it out: it would stay behind when experts move"

@@ -19,7 +19,13 @@ class Log(list):
 
         names = ["reload_weights", "start_weight_update", "update_weights", "finish_weight_update"]
         self.worker = type("Worker", (), {name: method(name) for name in names})
-        follow_updates(self.worker, lambda: self.append("begin"), lambda: self.append("end"))
+        follow_updates(self.worker, self.begin, lambda: self.append("end"))
+
+    def begin(self):
+        """Opens an update, unless one is open."""
+        opened = self.count("begin") == self.count("end")
+        self.append("begin")
+        return opened
 
 
 def test_a_reload_begins_and_ends():
@@ -65,3 +71,19 @@ def test_a_second_state_does_not_wrap_again():
     follow_updates(log.worker, lambda: log.append("other"), lambda: log.append("other"))
     log.worker().reload_weights()
     assert log == ["begin", "reload_weights", "end"]
+
+
+def test_a_start_that_is_refused_ends_what_it_has_opened():
+    log = Log(fail="start_weight_update")
+    with pytest.raises(OSError):
+        log.worker().start_weight_update()
+    assert log == ["begin", "start_weight_update", "end"]
+
+
+def test_a_second_start_that_is_refused_leaves_the_update_open(caplog):
+    log = Log(fail="start_weight_update")
+    log.begin()
+    with pytest.raises(OSError):
+        log.worker().start_weight_update()
+    assert log == ["begin", "begin", "start_weight_update"]
+    assert "no expert moves until weights have been updated" in caplog.text

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,51 @@ def test_a_stager_that_hangs_does_not_hang_the_update(moving, monkeypatch):
     assert np.array_equal(group.placement, group.initial)
     release.set()
     group.step_until(lambda: group.segments[1].status[Field.QUARANTINED_ROWS] == 0)
+    group.move()
+    group.check(is_new=True)
+
+
+def test_a_look_that_is_slow_does_not_see_the_update(moving, monkeypatch):
+    group = moving(patrol_steps=1)
+    group.move()
+    digest = stager_module.row_digest
+
+    def slow(views):
+        time.sleep(0.03)
+        return digest(views)
+
+    monkeypatch.setattr(stager_module, "row_digest", slow)
+    for _ in range(5):
+        group.step(2)
+        group.update()
+    group.step(20)
+    monkeypatch.setattr(stager_module, "row_digest", digest)
+    assert [worker._loader.stopped for worker in group.workers] == ["", ""]
+    group.move()
+    group.check(is_new=True)
+
+
+def test_the_status_says_that_experts_are_held(moving):
+    group = moving()
+    group.move()
+    group.run(lambda rank: group.workers[rank].begin_update())
+    assert [s.status[Field.STATE] for s in group.segments] == [State.HELD] * 2
+    group.run(group.write)
+    group.run(lambda rank: group.workers[rank].end_update())
+    assert [s.status[Field.STATE] for s in group.segments] == [State.IDLE] * 2
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_an_update_between_two_rounds_needs_no_patience(moving, steps):
+    """With a vote at each step, the one that is out starts a round just as all are held."""
+    group = moving(vote_steps=1)
+    wanted = group.placement.copy()
+    wanted[:] = wanted[:, ::-1]
+    group.send(wanted)
+    group.step(steps)
+    group.update()
+    assert np.array_equal(group.placement, group.initial)
+    group.step(20)
     group.move()
     group.check(is_new=True)
 

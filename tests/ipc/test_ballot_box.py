@@ -1,65 +1,29 @@
 """Votes of ranks that run at speeds of their own."""
 
-import multiprocessing
-import random
-import time
-from multiprocessing import shared_memory
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flash_eplb.ipc.ballot_box import WORDS, BallotBox
 
-CONTEXT = multiprocessing.get_context("fork")
-
-
-def words_of(rank, number):
-    """What a rank casts; every word tells rank and number."""
-    return [(rank * 7919 + number * 104729 + 31 * word) % 10007 - 5000 for word in range(WORDS)]
-
-
-def run_rank(name, ranks, rank, votes, seed, failures):
-    memory = shared_memory.SharedMemory(name)
-    box = BallotBox(np.frombuffer(memory.buf, np.uint8), ranks)
-    dice = random.Random(seed * 100 + rank)
-    for number in range(1, votes + 1):
-        box.cast(rank, number, words_of(rank, number))
-        if dice.random() < 0.02:
-            time.sleep(dice.random() * 0.0005)
-        while True:
-            missing, lowest = box.tally(number)
-            if missing < 0:
-                break
-            if dice.random() < 0.3:
-                time.sleep(0)
-        every = [words_of(other, number) for other in range(ranks)]
-        if lowest != [min(column) for column in zip(*every, strict=True)]:
-            failures.put((rank, number, lowest))
-            return
-    failures.put(None)
+RACE = Path(__file__).with_name("ballot_race.py")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_all_ranks_read_the_lowest_of_what_all_have_cast(ranks, amount):
-    memory = shared_memory.SharedMemory(create=True, size=BallotBox.size(ranks))
-    memory.buf[:] = bytes(len(memory.buf))
-    failures = CONTEXT.SimpleQueue()
-    arguments = [
-        (memory.name, ranks, rank, amount(6000 // ranks, 300_000), ranks, failures)
-        for rank in range(ranks)
-    ]
-    processes = [CONTEXT.Process(target=run_rank, args=one) for one in arguments]
-    try:
-        for process in processes:
-            process.start()
-        assert [failures.get() for _ in processes] == [None] * ranks
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-        memory.close()
-        memory.unlink()
+    votes = amount(6000 // ranks, 300_000)
+    run = subprocess.run(
+        [sys.executable, RACE, str(ranks), str(votes)],
+        capture_output=True,
+        text=True,
+        timeout=amount(120, 7200),
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
 def test_a_vote_that_is_not_cast_names_its_rank():

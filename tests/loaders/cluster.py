@@ -143,6 +143,10 @@ class Cluster:
         self._each(lambda rank: self.ranks.__setitem__(rank, Rank(self, rank, store)))
         for rank in self.ranks:
             rank.segment.plans.take_over(GENERATION)
+        deadline = time.monotonic() + 20
+        while any(rank.stagers.busy for rank in self.ranks):  # they open their connections
+            assert time.monotonic() < deadline, "no connections"
+            time.sleep(0.001)
 
     def box(self, segment: RankSegment) -> BallotBox:
         """Rank 0's ballot box, once rank 0 has come; all ranks call it."""

@@ -248,3 +248,9 @@ def test_experts_change_slots_in_place(before, after):
     reorder_slots(layer, before, after)
     for tensor in layer:
         assert (tensor.float().view(6, -1) == torch.from_numpy(after)[:, None]).all()
+
+
+def test_rows_that_are_made_in_inference_mode_are_written_outside_it():
+    with torch.inference_mode():
+        staging = Staging([[torch.zeros(2, 3)]], 1)
+    staging.views(0, 0)[0].copy_(torch.ones(12, dtype=torch.uint8))

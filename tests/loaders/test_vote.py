@@ -122,3 +122,17 @@ def test_patience_ends(votes, monkeypatch):
         vote.issue(Ballot())
     with pytest.raises(RuntimeError, match="EP rank 1 has not voted for 2 s"):
         first.consume()
+
+
+def test_a_look_that_fails_is_no_death(votes, monkeypatch):
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.02)
+    (first, second, late), _ = votes
+
+    def fail(rank):
+        raise OSError("too many open files")
+
+    first._is_alive = fail
+    for vote in (first, second):
+        vote.issue(Ballot(7))
+    threading.Timer(0.1, lambda: late.issue(Ballot(7))).start()
+    assert first.consume().start == 7
