@@ -10,7 +10,8 @@ import typer
 from . import config as settings
 
 if TYPE_CHECKING:
-    from ..planners.policy import Choice
+    from ..planners.engine_loop import Pace
+    from ..planners.policy import Choice, Policy
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -62,6 +63,28 @@ def options_of(
             variable = settings.PREFIX + name.upper()
             typer.echo(f"eplb: {variable} does nothing with {source}{choice.name}", err=True)
     return options
+
+
+def pace_of(config: settings.Config) -> Pace:
+    """How a planner paces its episodes and plans by the settings."""
+    from ..planners.engine_loop import Pace
+
+    return Pace(
+        episode_steps=config.episode_steps,
+        window_episodes=config.window_episodes,
+        min_episodes=config.min_episodes,
+        plan_interval=config.plan_interval,
+        timeout_steps=2 * config.plan_timeout_steps,
+        heat_phase=config.heat_phase,
+    )
+
+
+def policy_of(
+    config: settings.Config, choice: Choice, ranks: int, slots: int, options: dict[str, Any]
+) -> Policy:
+    """The chosen policy for a group of `ranks` ranks, with the size of a node by the settings."""
+    near = min(config.ranks_per_node or ranks, ranks)
+    return choice.make(ranks, slots, near, **options)
 
 
 def refusal(error: Exception, source: str = "EPLB_POLICY=") -> typer.Exit:

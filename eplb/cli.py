@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import __version__
 from . import cli_replay
 from . import config as settings
-from .choice import SETTINGS_OF, choose, load, options_of, refusal
+from .choice import SETTINGS_OF, choose, load, options_of, pace_of, policy_of, refusal
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
@@ -47,7 +47,6 @@ def planner(
     Example: EPLB_SESSION=a eplb planner
     """
     from ..ipc.liveness import SegmentError
-    from ..planners.engine_loop import Pace
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
     from ..planners.recorder import recorder_of
@@ -61,17 +60,9 @@ def planner(
     options = options_of(config, choice)
 
     def make_policy(ranks: int, slots: int) -> Policy:
-        near = min(config.ranks_per_node or ranks, ranks)
-        return choice.make(ranks, slots, near, **options)
+        return policy_of(config, choice, ranks, slots, options)
 
-    pace = Pace(
-        episode_steps=config.episode_steps,
-        window_episodes=config.window_episodes,
-        min_episodes=config.min_episodes,
-        plan_interval=config.plan_interval,
-        timeout_steps=2 * config.plan_timeout_steps,
-        heat_phase=config.heat_phase,
-    )
+    pace = pace_of(config)
     try:
         log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
         compile_kernels(choice)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .choice import choose, load, options_of, refusal
+from .choice import choose, load, options_of, pace_of, policy_of, refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,8 +110,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        typer.echo(f"eplb: {error}", err=True)
-        raise typer.Exit(2) from None
+        _fail(str(error))
 
 
 def _target(json_file: str) -> Path | None:
@@ -151,26 +150,18 @@ def _rows_of(source: Any) -> int:
 def _replay(
     config: Config, choice: Any, start: np.ndarray, experts: int, timing: Any, quiet: bool = False
 ) -> Replay:
-    from ..planners.engine_loop import Pace
     from ..planners.policy import PolicyError
     from ..planners.replay import Replay
 
     ranks, slots = start.shape[1:]
-    near = min(config.ranks_per_node or ranks, ranks)
     try:
         options = {} if quiet else options_of(config, choice, _BY)
         choice.warm_up()
-        policy = choice.make(ranks, slots, near, **options)
+        policy = policy_of(config, choice, ranks, slots, options)
     except PolicyError as error:
         raise refusal(error, _BY) from None
-    pace = Pace(
-        episode_steps=config.episode_steps,
-        window_episodes=config.window_episodes,
-        min_episodes=config.min_episodes,
-        plan_interval=config.plan_interval,
-        timeout_steps=0,
-    )
-    return Replay(policy, start, experts, pace, timing, config.ranks_per_node or None)
+    per_node = config.ranks_per_node or None
+    return Replay(policy, start, experts, pace_of(config), timing, per_node)
 
 
 def _play(source: Recording | HeatFile, replays: list[Replay]) -> None:

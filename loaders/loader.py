@@ -325,8 +325,12 @@ class Loader:
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
         self._inbox.tell(Field.COMMITTED_ROUND, active.round)
-        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
+        self._rest()
+
+    def _rest(self) -> None:
+        """No round is under way now."""
         self._active = None
+        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
 
     def _turn_epoch(self) -> None:
         self.epoch += 1
@@ -362,8 +366,7 @@ class Loader:
         self._status.add(Field.ABORTED)
         self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
         self._inbox.drop_plan(self._active.round)
-        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
-        self._active = None
+        self._rest()
 
     def stop(self, reason: str) -> None:
         """Balance no more: all ranks call this at the same step, for the same reason."""

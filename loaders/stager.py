@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ class DigestError(RuntimeError):
 
 class ChangedError(DigestError):
     """The live weights of an expert have changed, and not by us."""
+
+
+class _Wrong(NamedTuple):
+    """A digest that is not the expected one; `is_known`: it is another expert's of the layer."""
+
+    found: int
+    expected: int
+    is_known: bool
 
 
 Tables = Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]
@@ -160,13 +169,11 @@ class Stager:
 
     def _look(self, beat: Beat) -> None:
         """ChangedError if the weights in a slot are not those of its expert at the start."""
-        assert self._reference is not None
-        found = row_digest(slot_views(self._weights[beat.layer], beat.slot))
-        expected = int(self._reference[beat.layer, beat.expert])
-        if found != expected:
+        views = slot_views(self._weights[beat.layer], beat.slot)
+        if wrong := self._wrong(views, beat.layer, beat.expert):
             raise ChangedError(
                 f"layer {beat.layer} expert {beat.expert} in slot {beat.slot}: digest "
-                f"{found:016x}, {expected:016x} at the start"
+                f"{wrong.found:016x}, {wrong.expected:016x} at the start"
             )
 
     def _stage(self, errand: Errand) -> Result:
@@ -217,36 +224,37 @@ class Stager:
     def _proved(self, move: np.void) -> list[torch.Tensor]:
         """The bytes of the expert that leaves; DigestError unless they are those of the start."""
         views = self._source(move)
-        if self._reference is not None:
-            found = row_digest(views)
-            if found != self._expected(move):
-                # Another expert's digest: we have read a wrong row. Any other: somebody wrote.
-                known = found in self._reference[move["layer"]]
-                kind = DigestError if known else ChangedError
-                raise kind(self._complaint(move, found, "at its source"))
+        if wrong := self._wrong(views, *_expert(move)):
+            # Another expert's digest: we have read a wrong row. Any other: somebody wrote.
+            kind = DigestError if wrong.is_known else ChangedError
+            raise kind(_complaint(move, wrong, "at its source"))
         return views
 
     def _check_arrival(self, views: list[torch.Tensor], move: np.void) -> None:
-        if self._reference is not None:
-            found = row_digest(views)
-            if found != self._expected(move):
-                raise DigestError(self._complaint(move, found, "on arrival"))
+        if wrong := self._wrong(views, *_expert(move)):
+            raise DigestError(_complaint(move, wrong, "on arrival"))
 
-    def _expected(self, move: np.void) -> int:
-        assert self._reference is not None
-        return int(self._reference[move["layer"], move["expert"]])
-
-    def _complaint(self, move: np.void, found: int, where: str) -> str:
-        return (
-            f"layer {move['layer']} expert {move['expert']} from rank {move['source_rank']} "
-            f"slot {move['source_slot']} to rank {move['rank']}: digest {found:016x} {where}, "
-            f"{self._expected(move):016x} at the start"
-        )
+    def _wrong(self, views: list[torch.Tensor], layer: int, expert: int) -> _Wrong | None:
+        """What is wrong with the digest of these bytes; None if it is the expert's, or unasked."""
+        if self._reference is None:
+            return None
+        found, expected = row_digest(views), int(self._reference[layer, expert])
+        if found == expected:
+            return None
+        return _Wrong(found, expected, found in self._reference[layer])
 
 
 def my_rows(moves: np.ndarray, rank: int) -> list[int]:
     """Indices of the moves that arrive on `rank`."""
     return np.flatnonzero(moves["rank"] == rank).tolist()
+
+
+def _complaint(move: np.void, wrong: _Wrong, where: str) -> str:
+    return (
+        f"layer {move['layer']} expert {move['expert']} from rank {move['source_rank']} "
+        f"slot {move['source_slot']} to rank {move['rank']}: digest {wrong.found:016x} {where}, "
+        f"{wrong.expected:016x} at the start"
+    )
 
 
 def _expert(move: np.void) -> tuple[int, int]:

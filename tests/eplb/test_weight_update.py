@@ -96,6 +96,15 @@ class Moving(Workers):
 
         self.run(one)
 
+    def update_after(self, steps):
+        """Experts are at home after an update that comes so many steps later, and move again."""
+        self.step(steps)
+        self.update()
+        assert np.array_equal(self.placement, self.initial)
+        self.step(20)
+        self.move()
+        self.check(is_new=True)
+
     def check(self, is_new):
         """Every slot holds what the placement names, and the tables follow."""
         for rank, engine in enumerate(self.engines):
@@ -178,12 +187,7 @@ def test_a_round_under_way_is_given_up_or_committed_by_all(moving, steps):
     wanted = group.placement.copy()
     wanted[1] = wanted[1, ::-1]
     group.send(wanted)
-    group.step(steps)
-    group.update()
-    assert np.array_equal(group.placement, group.initial)
-    group.step(20)
-    group.move()
-    group.check(is_new=True)
+    group.update_after(steps)
 
 
 def test_a_stager_that_hangs_does_not_hang_the_update(moving, monkeypatch):
@@ -247,12 +251,7 @@ def test_an_update_between_two_rounds_needs_no_patience(moving, steps):
     wanted = group.placement.copy()
     wanted[:] = wanted[:, ::-1]
     group.send(wanted)
-    group.step(steps)
-    group.update()
-    assert np.array_equal(group.placement, group.initial)
-    group.step(20)
-    group.move()
-    group.check(is_new=True)
+    group.update_after(steps)
 
 
 def test_a_rank_that_is_not_updated_refuses_it_to_the_others(moving, monkeypatch):
