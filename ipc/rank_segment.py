@@ -1,8 +1,8 @@
 """A worker's segment: one name, one owner, one lock for everything that bears its rank.
 
-Its areas, in this order: status block, step timings, placement board, ballot box, plan queue, heat
-ring. The worker writes all of them but two: the plan queue is the planner's, and the ballot box, of
-which only rank 0's is used, all workers'.
+Its areas, in this order: status block, step timings, round log, placement board, ballot box, plan
+queue, heat ring. The worker writes all of them but two: the plan queue is the planner's, and the
+ballot box, of which only rank 0's is used, all workers'.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .names import rank_name
 from .placement import try_moves
 from .plan_queue import PlanQueue
 from .round import record_limit
+from .round_log import RoundLog
 from .segment import Segment, aligned, take_name
 from .shape import MOST_RANKS, GroupShape, ModelShape, ShapeError, check_shape, one_line
 from .status import Board, Field, StatusBlock, StepTimings
@@ -38,16 +39,17 @@ class RankHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class RankAreas:
     """The areas of one rank over `body` (uint8, `segment_bytes(shape)`), as attributes:
-    `status`, `timings`, `board`, `ballots`, `plans`, `heat`."""
+    `status`, `timings`, `rounds`, `board`, `ballots`, `plans`, `heat`."""
 
     def __init__(self, body: np.ndarray, shape: GroupShape):
         areas = _split(body, _area_sizes(shape))
         self.status = StatusBlock(areas[0])
         self.timings = StepTimings(areas[1])
-        self.board = Board(areas[2], (shape.layers, shape.ranks, shape.slots))
-        self.ballots = BallotBox(areas[3], shape.ranks)
-        self.plans = PlanQueue(areas[4], record_limit(shape))
-        self.heat = HeatRing(areas[5], shape.layers, shape.heat_columns, shape.ring_slots)
+        self.rounds = RoundLog(areas[2])
+        self.board = Board(areas[3], (shape.layers, shape.ranks, shape.slots))
+        self.ballots = BallotBox(areas[4], shape.ranks)
+        self.plans = PlanQueue(areas[5], record_limit(shape))
+        self.heat = HeatRing(areas[6], shape.layers, shape.heat_columns, shape.ring_slots)
 
 
 class RankSegment(RankAreas):
@@ -185,6 +187,7 @@ def _area_sizes(shape: GroupShape) -> list[int]:
     sizes = [
         StatusBlock.SIZE,
         StepTimings.SIZE,
+        RoundLog.SIZE,
         Board.size(shape.layers * shape.columns),
         BallotBox.size(shape.ranks),
         PlanQueue.size(record_limit(shape)),

@@ -31,6 +31,7 @@ from ..ipc.status import Field, State
 from .engine import Engine
 from .inbox import HOME, Inbox, Pending
 from .patrol import Patrol
+from .round_times import RoundTimes
 from .stager import Result
 from .stager_pool import StagerPool
 from .staging import copy_rows, reorder_slots
@@ -78,6 +79,7 @@ class Loader:
         self._status = segment.status
         self._inbox = Inbox(segment.plans, segment.status, self._rank)
         self._board = segment.board
+        self._times = RoundTimes(segment.rounds)
         self._vote = vote
         self._stagers = stagers
         self._patrol = patrol
@@ -292,6 +294,7 @@ class Loader:
         assert self._voted is not None
         self._active = active = self._voted
         self._active_since = self._step
+        self._times.start(self._step)
         self._inbox.take(active.identity)
         if self._home and self._home[0].identity == active.identity:
             self._home.popleft()
@@ -305,6 +308,7 @@ class Loader:
         active = self._active
         assert active is not None
         self._begins_later = False
+        self._times.begin()
         tables = functools.partial(
             self._engine.tables,
             np.flatnonzero(np.bincount(active.moves["layer"])),
@@ -318,12 +322,15 @@ class Loader:
         active, result = self._active, self._result()
         assert active is not None
         assert result is not None
+        self._times.commit()
         copy_rows(result.live, result.staged)
         self.placement = active.after
         self._turn_epoch()
-        self._status.add(Field.MOVED_ROWS, len(self._stagers.rows))
+        rows = len(self._stagers.rows)
+        self._status.add(Field.MOVED_ROWS, rows)
         self._status.add(Field.RECEIVED_BYTES, result.received_bytes)
         self._status.add(Field.COMMITTED)
+        self._times.end(active.round, self._step, result, rows)
         self._inbox.tell(Field.COMMITTED_ROUND, active.round)
         self._rest()
 
@@ -364,6 +371,7 @@ class Loader:
         self._home.clear()
         self._voted = None  # it may have been checked against what is not committed now
         self._status.add(Field.ABORTED)
+        self._times.end(self._active.round, self._step, self._result(), rows=0)
         self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
         self._inbox.drop_plan(self._active.round)
         self._rest()

@@ -13,8 +13,9 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,7 @@ class Result:
         damaged: whether an expert had another digest than at the start.
         changed: whether that was so in the live weights themselves.
         received_bytes: from other ranks.
+        staged_ns: monotonic clock when its rows were staged and proved; 0 if they are not.
         live, staged: what a commit copies, one for one: the slots to be written and the rows that
             go there, the engine's tables and their values.
     """
@@ -88,6 +90,7 @@ class Result:
     damaged: bool = False
     changed: bool = False
     received_bytes: int = 0
+    staged_ns: int = 0
     live: list[torch.Tensor] = field(default_factory=list)
     staged: list[torch.Tensor] = field(default_factory=list)
 
@@ -147,7 +150,7 @@ class Stager:
                         stream.after(event)
                     result = self._stage(errand)
                     stream.finish()
-                    self.result = result
+                    self.result = replace(result, staged_ns=time.monotonic_ns())
                 except Exception as error:  # whatever it is, the vote must hear of it
                     self._fail(errand, error)
                     with contextlib.suppress(Exception):

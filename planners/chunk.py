@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..ipc.placement import MOVE
+from ..ipc.round_log import TRANSFER
 
 FORMAT = "flash_eplb recording"
 VERSION = 1
@@ -42,7 +43,19 @@ PLAN_MOVE = np.dtype([("plan", "<i4"), *MOVE.descr])
 OUTCOME = np.dtype([("plan", "<i4"), ("committed", "?"), ("time_ns", "<i8")])
 """How a plan ended: committed on all ranks, or given up."""
 
-TABLES = {"plans": PLAN, "plan_layers": PLAN_LAYER, "plan_moves": PLAN_MOVE, "outcomes": OUTCOME}
+RANK_TRANSFER = np.dtype([("rank", "<i4"), *TRANSFER.descr])
+"""How a round went on a rank; fields of `ipc.round_log.Transfer`."""
+
+TABLES = {
+    "plans": PLAN,
+    "plan_layers": PLAN_LAYER,
+    "plan_moves": PLAN_MOVE,
+    "outcomes": OUTCOME,
+    "transfers": RANK_TRANSFER,
+}
+ADDED_TABLES = ("transfers",)
+"""Tables that early chunks of this version lack, as if they were empty there."""
+
 STEP_FIELDS = ("steps", "time_ns", "tokens", "flags", "epochs", "spans")
 
 _NAME = re.compile(r"[0-9]{6,}\.npz")
@@ -110,7 +123,7 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
             if not isinstance(file, np.lib.npyio.NpzFile) or "header" not in file.files:
                 raise ChunkError(f"{path} is no chunk of a recording: it has no header")
             header = _checked_header(path, str(file["header"]))
-            return header, {name: file[name] for name in names if name != "header"}
+            return header, {name: _array(file, name) for name in names if name != "header"}
     except ChunkError:
         raise
     except FileNotFoundError:
@@ -119,6 +132,12 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
         raise damaged(path, str(error) or type(error).__name__) from error
     except Exception as error:  # zlib.error and what else damaged bytes lead to
         raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    if name in ADDED_TABLES and name not in file.files:
+        return np.empty(0, TABLES[name])
+    return file[name]
 
 
 def damaged(path: Path, why: str) -> ChunkError:

@@ -117,6 +117,7 @@ class EngineLoop:
         for step in steps:
             self._recorder.step(step)
             self._window.add(step)
+        self._recorder.transfers(self._group.read_transfers())
         if self._planning is not None:
             if self._planning.done():
                 self._send(self._planning.result())

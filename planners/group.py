@@ -12,7 +12,9 @@ from ..ipc.liveness import SegmentError
 from ..ipc.names import rank_name
 from ..ipc.placement import PlacementError, check_placement
 from ..ipc.rank_segment import RankSegment, check_group
+from ..ipc.round_log import TRANSFER
 from ..ipc.status import Field
+from .chunk import RANK_TRANSFER
 from .step_heat import StepHeat, StepMatcher, group_heat
 
 log = logging.getLogger("flash_eplb.planner")
@@ -57,6 +59,7 @@ class Group:
             raise
         for found in ranks:
             found.heat.follow()
+            found.rounds.follow()
         return cls(ranks)
 
     def is_alive(self) -> bool:
@@ -113,6 +116,16 @@ class Group:
             self.unphased += all(part.flags == 0 for part in parts)
             if (heat := group_heat(parts, self.shape, phase)) is not None:
                 yield heat
+
+    def read_transfers(self) -> np.ndarray:
+        """`chunk.RANK_TRANSFER` records of the rounds that have ended since the last call."""
+        parts = [rank.rounds.read() for rank in self.ranks]
+        ended = np.empty(sum(map(len, parts)), RANK_TRANSFER)
+        ended["rank"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        logged = np.concatenate(parts)
+        for name in TRANSFER.names or ():
+            ended[name] = logged[name]
+        return ended
 
     def close(self) -> None:
         """Unmap all segments."""

@@ -28,6 +28,7 @@ from .chunk import (
     PLAN,
     PLAN_LAYER,
     PLAN_MOVE,
+    RANK_TRANSFER,
     TEMPORARY,
     VERSION,
     ChunkError,
@@ -68,6 +69,9 @@ class NoRecorder:
     def ended(self, number: int, committed: bool) -> None:
         """All ranks have committed the plan, or it was given up."""
 
+    def transfers(self, ended: np.ndarray) -> None:
+        """Rounds have ended: `chunk.RANK_TRANSFER` records, one for each rank."""
+
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
 
@@ -83,11 +87,12 @@ class _Filling:
     layers: list[np.ndarray] = field(default_factory=list)
     moves: list[np.ndarray] = field(default_factory=list)
     outcomes: list[tuple] = field(default_factory=list)
+    transfers: list[np.ndarray] = field(default_factory=list)
     placements: dict[int, np.ndarray] = field(default_factory=dict)
     dropped: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.steps or self.learned or self.plans or self.outcomes)
+        return bool(self.steps or self.learned or self.plans or self.outcomes or self.transfers)
 
 
 class Recorder(NoRecorder):
@@ -172,6 +177,11 @@ class Recorder(NoRecorder):
         self._filling.outcomes.append((number, committed, time.monotonic_ns()))
         if self._is_old():
             self._hand_over()
+
+    def transfers(self, ended: np.ndarray) -> None:
+        """Rounds have ended: `chunk.RANK_TRANSFER` records, one for each rank."""
+        if len(ended) and not self._failed:
+            self._filling.transfers.append(ended)
 
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
@@ -290,6 +300,7 @@ class Recorder(NoRecorder):
             "plan_layers": np.concatenate([np.empty(0, PLAN_LAYER), *filled.layers]),
             "plan_moves": np.concatenate([np.empty(0, PLAN_MOVE), *filled.moves]),
             "outcomes": np.array(filled.outcomes, OUTCOME),
+            "transfers": np.concatenate([np.empty(0, RANK_TRANSFER), *filled.transfers]),
         }
 
 

@@ -172,7 +172,8 @@ class Recording:
         """All rows of a table, with the run of each as the first field.
 
         Args:
-            name: "plans", "plan_layers", "plan_moves" or "outcomes"; fields in `chunk.TABLES`.
+            name: "plans", "plan_layers", "plan_moves", "outcomes" or "transfers"; fields in
+                `chunk.TABLES`.
 
         Raises:
             KeyError: there is no such table.

@@ -18,6 +18,7 @@ from flash_eplb.ipc.liveness import SegmentError, owner_is_alive
 from flash_eplb.ipc.names import planner_name, rank_name
 from flash_eplb.ipc.plan_queue import SLOTS
 from flash_eplb.ipc.rank_segment import RankAreas, RankSegment
+from flash_eplb.ipc.round_log import Transfer
 from flash_eplb.ipc.segment import take_name
 from flash_eplb.ipc.session import remove_dead, segment_names, session_lock
 from flash_eplb.ipc.status import Field
@@ -180,6 +181,46 @@ def written(point: str, passes: int) -> tuple[int, int | None, int, int]:
     return rounds, rounds, (done + 1) // 2, done // 2
 
 
+def transfer_of(number: int) -> Transfer:
+    """A transfer that tells its number in every field."""
+    return Transfer(*((k + 2) * number + k for k in range(len(Transfer._fields))))
+
+
+class Logging(Scenario):
+    """A worker logs rounds that have ended; anyone reads them."""
+
+    points = ("log.",)
+
+    def begin(self) -> None:
+        self.mine = RankSegment.create(self.session, SHAPE, 0, 5)
+        self.mine.publish()
+
+    def attach(self) -> None:
+        self.found = RankSegment.open(self.name)
+        self.numbers: list[int] = []
+
+    def act(self) -> None:
+        for number in itertools.count(1):
+            self.mine.rounds.add(transfer_of(number))
+
+    def watch(self) -> None:
+        for row in self.found.rounds.read().tolist():
+            number = row[0] // 2
+            assert row == tuple(transfer_of(number)), f"record {number} is torn: {row}"
+            self.numbers.append(number)
+        assert self.numbers == sorted(set(self.numbers)), "out of order"
+
+    def check(self, point: str | None, passes: int) -> None:
+        self.watch()
+        head = len(self.numbers) + self.found.rounds.lost
+        assert not self.numbers or self.numbers[-1] == head
+        if point is not None:
+            assert head == passes - (point == "log.before")
+        assert not self.found.owner_is_alive()
+        self.found.segment.close()
+        work_as_successor(self.session)
+
+
 def record_of(number: int) -> bytes:
     """A round of a length of its own."""
     return b"%d:" % number + bytes((number + k) % 256 for k in range(number * 37 % 90))
@@ -334,7 +375,9 @@ class Taking(Scenario):
             clean(self.session)
 
 
-SCENARIOS = {kind.__name__: kind for kind in (Writing, Producing, Consuming, Living, Taking)}
+SCENARIOS = {
+    kind.__name__: kind for kind in (Writing, Logging, Producing, Consuming, Living, Taking)
+}
 
 
 def scenario_of(point: str) -> type[Scenario]:

@@ -19,6 +19,7 @@ from flash_eplb.ipc.placement import MOVE, PlacementError, check_placement
 from flash_eplb.ipc.plan_queue import RECORD_VERSION, SLOTS, PlanQueue
 from flash_eplb.ipc.rank_segment import RankHeader, check_header, segment_bytes
 from flash_eplb.ipc.round import Round, RoundError, check_round, decode_round, encode_round
+from flash_eplb.ipc.round_log import RoundLog, Transfer
 from flash_eplb.ipc.segment import LAYOUT, aligned, parse_header
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.ipc.status import Board, Field, StatusBlock, StepTimings, state_name
@@ -293,6 +294,33 @@ def run_ring(content: bytes) -> str:
     return f"{read} read"
 
 
+def logs() -> list[bytes]:
+    """Round logs of 0 to 130 records, and with every number in every word of a record."""
+    found = []
+    for records in (0, 1, 5, RoundLog.CAPACITY + 2):
+        body = np.zeros(RoundLog.SIZE, np.uint8)
+        log = RoundLog(body)
+        for number in range(records):
+            log.add(Transfer(*[number] * len(Transfer._fields)))
+        found.append(body.tobytes())
+    for word in range(0, 64 + 192, 8):
+        for number in NUMBERS[::6]:
+            some = bytearray(found[2])
+            struct.pack_into("<q", some, word, number)
+            found.append(bytes(some))
+    return found
+
+
+def run_log(content: bytes) -> str:
+    body = body_of(content, RoundLog.SIZE)
+    log = RoundLog(body)
+    if body[0] % 2:
+        log.follow()
+    found = len(log.read())
+    assert found + len(log.read()) <= RoundLog.CAPACITY, "the reader does not come to an end"
+    return f"{found} read"
+
+
 def body_of(content: bytes, size: int) -> np.ndarray:
     """`content` as an area of `size` bytes: cut, or followed by zeros."""
     return np.frombuffer(bytearray(content[:size].ljust(size, b"\0")), np.uint8)
@@ -303,5 +331,6 @@ TARGETS = {
     "record": Target(rounds(), no_repair, run_record, RoundError),
     "queue": Target(queues(), repair_queue, run_queue, RoundError),
     "status": Target(statuses(), no_repair, run_status, PlacementError),
+    "log": Target(logs(), no_repair, run_log, NeverError),
     "ring": Target(rings(), no_repair, run_ring, NeverError),
 }

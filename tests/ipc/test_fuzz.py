@@ -21,10 +21,11 @@ from flash_eplb.ipc.liveness import SegmentError
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.round import RoundError
+from flash_eplb.ipc.round_log import RoundLog
 from flash_eplb.ipc.segment import aligned
 
 FUZZ = Path(fuzz.__file__)
-SHARES = {"header": 0.35, "record": 0.35, "status": 0.18, "queue": 0.08, "ring": 0.04}
+SHARES = {"header": 0.35, "record": 0.35, "status": 0.18, "queue": 0.06, "ring": 0.04, "log": 0.02}
 
 
 def run_child(mark, command, timeout):
@@ -88,6 +89,7 @@ REACHED = {
     "queue": ["0 taken, 0 refused", "4 taken, 0 refused", "0 taken, 4 refused"],
     "status": ["accepted", "no board", "epoch below zero", "experts are", "stands twice"],
     "ring": ["0 read", "8 read"],
+    "log": ["0 read", "5 read", f"{RoundLog.CAPACITY} read"],
 }
 
 
@@ -199,6 +201,7 @@ def read_all(rank):
     """Everything that a planner or an observer reads."""
     rank.status.snapshot()
     rank.timings.read()
+    rank.rounds.read()
     rank.board.read()
     rank.plans.is_full()
     rank.heat.follow()

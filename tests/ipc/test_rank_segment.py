@@ -7,6 +7,7 @@ from flash_eplb.ipc.liveness import SegmentError, SegmentInUseError
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankAreas, RankHeader, RankSegment, segment_bytes
 from flash_eplb.ipc.round import record_limit
+from flash_eplb.ipc.round_log import RoundLog, Transfer
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.ipc.status import Field, StepTimings
 
@@ -56,6 +57,8 @@ def fill(areas, shape):
         areas.status[field] = -1 - field
     for step in range(StepTimings.CAPACITY):
         areas.timings.add(step, -step)
+    for number in range(RoundLog.CAPACITY):
+        areas.rounds.add(Transfer(*[number + 1] * len(Transfer._fields)))
     areas.board.write(9, placement)
     areas.plans.take_over(8)
     while not areas.plans.is_full():
@@ -69,6 +72,8 @@ def fill(areas, shape):
         timings = others.timings.read()
         assert (timings[:, 0] == np.arange(StepTimings.CAPACITY)).all()
         assert (timings[:, 1] == -timings[:, 0]).all()
+        logged = np.array(others.rounds.read().tolist())
+        assert (logged == np.arange(1, RoundLog.CAPACITY + 1)[:, None]).all()
         epoch, shown = others.board.read()
         assert epoch == 9
         assert (shown == placement).all()

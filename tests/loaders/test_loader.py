@@ -79,6 +79,18 @@ def test_a_round_is_committed_on_all_ranks_at_the_same_step(cluster):
     assert status[Field.COMMITTED_ROUND] == 1
     assert status[Field.RECEIVED_BYTES] == group.shape.row_bytes[1]
     assert group.ranks[2].segment.status[Field.MOVED_ROWS] == 0
+    logged = [rank.segment.rounds.read() for rank in group.ranks]
+    assert [len(rows) for rows in logged] == [1, 1, 1]
+    for rank, (row,) in zip(group.ranks, logged, strict=True):
+        assert [row[n] for n in ("generation", "plan", "sequence")] == [GENERATION, 1, 1]
+        assert row["committed"] == 1
+        assert 0 < row["start_step"] < row["end_step"] == steps[0][0]
+        points = [row[n] for n in ("start_ns", "begin_ns", "staged_ns", "commit_ns", "end_ns")]
+        assert points[0] > 0
+        assert points == sorted(points)
+        moved = 1 if rank is not group.ranks[2] else 0
+        assert row["rows"] == moved
+        assert row["received_bytes"] == moved * group.shape.row_bytes[1]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -295,6 +307,13 @@ def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, m
     group.send(group.record(SWAP, plan=2, sequence=2))
     group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
     group.check_consistent()
+    for rank in group.ranks:
+        aborted, committed = rank.segment.rounds.read()
+        assert [aborted[n] for n in ("plan", "committed", "rows", "received_bytes")] == [1, 0, 0, 0]
+        assert (aborted["staged_ns"] == 0) == (rank is group.ranks[1])
+        assert 0 < aborted["begin_ns"] < aborted["commit_ns"] == aborted["end_ns"]
+        assert [committed[n] for n in ("plan", "committed")] == [2, 1]
+        assert aborted["end_ns"] < committed["start_ns"] < committed["staged_ns"]
 
 
 def hanging(monkeypatch, rank, errands=1):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from flash_eplb.ipc.doorbell import Doorbell
 from flash_eplb.ipc.names import bell_name
 from flash_eplb.ipc.rank_segment import RankSegment
-from flash_eplb.ipc.round import check_round, decode_round
+from flash_eplb.ipc.round import Round, check_round, decode_round
+from flash_eplb.ipc.round_log import Transfer
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.ipc.status import Field
 
@@ -57,7 +60,7 @@ class FakeEngine:
             shares = np.split(heat, len(self.ranks), axis=1)
         for rank, share in zip(self.ranks, shares, strict=True):
             counts = np.ascontiguousarray(share)
-            rank.heat.push(self.steps, 0, 8, self.flags, self.epoch, counts)
+            rank.heat.push(self.steps, time.monotonic_ns(), 8, self.flags, self.epoch, counts)
             rank.status[Field.STEP] = self.steps
         self._serve()
         self.bell.ring()
@@ -70,6 +73,7 @@ class FakeEngine:
         round_ = rounds[0]
         for rank in self.ranks:
             rank.status[Field.GENERATION] = round_.generation
+        begun = time.monotonic_ns()
         if self.refuse:
             for rank in self.ranks:
                 rank.status.add(Field.REFUSED)
@@ -81,7 +85,14 @@ class FakeEngine:
         self.moves = round_.move_array()
         self.commit(check_round(round_, self.shape, self.placement))
         for rank in self.ranks:
+            rank.rounds.add(self._transfer(round_, rank.header.rank, begun))
             rank.status[Field.COMMITTED_ROUND] = round_.sequence
+
+    def _transfer(self, round_: Round, rank: int, begun: int) -> Transfer:
+        rows = int((round_.move_array()["rank"] == rank).sum())
+        times = (begun, begun, begun + 1, self.steps, begun + 1, time.monotonic_ns())
+        named = (round_.generation, round_.plan, round_.sequence, self.steps - 1)
+        return Transfer(*named, *times, rows, 64 * rows, 1)
 
     def commit(self, placement: np.ndarray) -> None:
         """Commit a round; on its own, one that a planner before sent and the ranks had begun."""

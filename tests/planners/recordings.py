@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from flash_eplb.planners.chunk import RANK_TRANSFER
 from flash_eplb.planners.plan import make_plan
 from flash_eplb.planners.recorder import Recorder
 from flash_eplb.planners.step_heat import StepHeat
@@ -31,6 +32,15 @@ def step(number, epoch=0, span=1):
     return StepHeat(number, epoch, physical(number), span, 1000 * number, 7 * number, 4)
 
 
+def transfers(number, plan):
+    """How the one round of `plan` went on each rank, committed before step `number`."""
+    begun = 1000 * (number - 2)
+    rows = [(plan.moves["rank"] == rank).sum() for rank in range(RANKS)]
+    times = (number - 2, begun, begun, begun + 500, number - 1, begun + 600, begun + 700)
+    made = [(rank, 5, 1, 1, *times, rows[rank], 64 * rows[rank], 1) for rank in range(RANKS)]
+    return np.array(made, RANK_TRANSFER)
+
+
 def record(folder, steps, first=1, most_bytes=1 << 30, header=HEADER):
     """Steps under FIRST, the later half under SECOND, with the plan that leads there."""
     recorder = Recorder(folder, header, most_bytes)
@@ -43,6 +53,7 @@ def record(folder, steps, first=1, most_bytes=1 << 30, header=HEADER):
             recorder.plan(1, 0, plan, plan.rounds(8), 0.25)
             recorder.placement(1, SECOND)
             recorder.ended(1, True)
+            recorder.transfers(transfers(number, plan))
         recorder.step(step(number, int(late)))
         while recorder._waiting.full() and recorder._thread.is_alive():
             time.sleep(0.001)

@@ -53,8 +53,10 @@ def test_a_chunk_is_what_the_document_says_and_numpy_reads_it(tmp_path):
     (outcome,) = found["outcomes"]
     assert outcome["committed"]
     assert outcome["time_ns"] >= plan["sent_ns"]
+    assert found["transfers"]["rank"].tolist() == [0, 1]
+    assert found["transfers"]["rows"].sum() == moves
     documented = (chunk.Path(__file__).parents[2] / "docs" / "recording.md").read_text()
-    for name in [*found, *header]:
+    for name in [*found, *header, *found["transfers"].dtype.names]:
         assert f"`{name}`" in documented
 
 

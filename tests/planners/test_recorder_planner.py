@@ -43,6 +43,14 @@ def test_a_planner_records_its_heat_and_what_it_does(session, tmp_path):
     (outcome,) = recording.table("outcomes")[:1]
     assert outcome["committed"]
     assert outcome["plan"] == plan["plan"]
+    transfers = recording.table("transfers")
+    first = transfers[transfers["plan"] == plan["plan"]]
+    assert first["rank"].tolist() == [0, 1] * plan["rounds"]
+    assert first["sequence"].tolist() == [n for n in range(1, plan["rounds"] + 1) for _ in range(2)]
+    assert first["rows"].sum() == plan["moves"]
+    assert first["committed"].all()
+    assert (first["end_ns"] < outcome["time_ns"]).all()
+    assert (first["start_ns"] > plan["sent_ns"]).all()
     counted = next(iter(recording.counts())).heat
     replicas = [np.bincount(layer.ravel(), minlength=8) for layer in before]
     assert (abs(counted - SKEWED) < np.array(replicas)).all()

@@ -71,8 +71,22 @@ def test_tables_are_joined_over_chunks(folder):
     assert len(plans) == len(recording.table("outcomes")) == 2
     assert len(set(plans["run"].tolist())) == 2
     assert len(recording.table("plan_moves")) == plans["moves"].sum()
+    assert recording.table("transfers")["rows"].sum() == plans["moves"].sum()
     with pytest.raises(KeyError):
         recording.table("plan")
+
+
+def test_a_chunk_of_before_a_table_was_added_is_read_as_one_where_it_is_empty(folder):
+    for path in folder.iterdir():
+        with np.load(path) as file:
+            arrays = {name: array for name, array in file.items() if name != "transfers"}
+        np.savez(path, **arrays)
+    recording = Recording(folder)
+    assert len(list(recording.steps())) == 40
+    assert recording.table("transfers").shape == (0,)
+    assert recording.table("transfers").dtype.names[:3] == ("run", "rank", "generation")
+    rewrite(folder / "000001.npz", plans=None)
+    assert "is damaged (" in refusal(folder, lambda recording: recording.table("plans"))
 
 
 def test_the_last_chunk_may_be_missing_and_a_temporary_file_there(folder):
@@ -136,7 +150,8 @@ def rewrite(path, **changed):
     header = json.loads(str(arrays["header"]))
     if "header" in changed:
         changed["header"] = np.array(json.dumps(header | changed["header"]))
-    np.savez(path, **{**arrays, **changed})
+    kept = {name: array for name, array in {**arrays, **changed}.items() if array is not None}
+    np.savez(path, **kept)
 
 
 @pytest.mark.parametrize(
