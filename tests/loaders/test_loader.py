@@ -293,26 +293,29 @@ def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, m
 
     def exchange_and_flip(self, moves, leaving, arriving):
         exchange(self, moves, leaving, arriving)
-        if self._rank == 1 and arriving and not flips:
+        if self._rank == 1 and arriving and group.ranks[1].loader.epoch == 1 and not flips:
             flips.append(1)
             arriving[0].views[0][3] ^= 4
 
     monkeypatch.setattr(PeerToPeer, "exchange", exchange_and_flip)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    back = swap(1, (3, 0, 0), (0, 1, 0))
     with caplog.at_level("WARNING", "flash_eplb.loader"):
-        group.send(group.record(SWAP))
+        group.send(group.record(back, plan=2, sequence=2))
         group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
     assert "on arrival" in caplog.text
     assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [0, 1, 0]
     group.check_consistent()
-    group.send(group.record(SWAP, plan=2, sequence=2))
-    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.send(group.record(back, plan=3, sequence=3))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
     group.check_consistent()
     for rank in group.ranks:
-        aborted, committed = rank.segment.rounds.read()
-        assert [aborted[n] for n in ("plan", "committed", "rows", "received_bytes")] == [1, 0, 0, 0]
+        _, aborted, committed = rank.segment.rounds.read()
+        assert [aborted[n] for n in ("plan", "committed", "rows", "received_bytes")] == [2, 0, 0, 0]
         assert (aborted["staged_ns"] == 0) == (rank is group.ranks[1])
         assert 0 < aborted["begin_ns"] < aborted["commit_ns"] == aborted["end_ns"]
-        assert [committed[n] for n in ("plan", "committed")] == [2, 1]
+        assert [committed[n] for n in ("plan", "committed")] == [3, 1]
         assert aborted["end_ns"] < committed["start_ns"] < committed["staged_ns"]
 
 
