@@ -12,6 +12,7 @@ demo: $(READY)
 	$(BIN)/eplb demo
 
 test: $(READY)
+	@scripts/chromium.sh
 	$(BIN)/python -m pytest
 
 # everything but the tests that start a real vLLM

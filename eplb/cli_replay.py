@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import output
 from .choice import choose, load, options_of, pace_of, policy_of, refusal
+from .output import fail
+from .progress import watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ def replay(
     """
     _check(ranks, slots_per_rank, delay, round_steps, moe_share)
     config = load()
-    target = _target(json_file)
+    target = output.target("--json", json_file) if json_file else None
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     choices = {name: choose(name, _BY) for name in names}
     with _one_sentence():
@@ -72,15 +72,14 @@ def replay(
     outcomes = {name: found.outcome() for name, found in replays.items()}
     base = outcomes.get("static") or replayed[-1].outcome()
     if not base.steps:
-        _fail(
-            f"{path} has no step with tokens whose placement is known; there is nothing to replay"
-        )
+        fail(f"{path} has no step with tokens whose placement is known; there is nothing to replay")
     times = {name: step_time(found, base, moe_share) for name, found in outcomes.items()}
     _show(outcomes, times)
     for note in _notes(source, config, start, origin, timing, moe_share):
         typer.echo(note)
     if target:
-        _write(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
+        figures = _as_json(path, outcomes, times, start, timing, moe_share, config)
+        output.write("--json", target, json.dumps(figures, indent=1) + "\n")
 
 
 def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: float) -> None:
@@ -92,16 +91,11 @@ def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: floa
     )
     for name, value, bound in least:
         if value < bound:
-            _fail(f"{name} is {value}; it must be at least {bound}")
+            fail(f"{name} is {value}; it must be at least {bound}")
     if not 0 <= moe_share <= 1:
-        _fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
+        fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
     if bool(ranks) != bool(slots):
-        _fail("--ranks and --slots-per-rank go together; give both or none")
-
-
-def _fail(text: str) -> None:
-    typer.echo(f"eplb: {text}", err=True)
-    raise typer.Exit(2)
+        fail("--ranks and --slots-per-rank go together; give both or none")
 
 
 @contextlib.contextmanager
@@ -110,17 +104,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        _fail(str(error))
-
-
-def _target(json_file: str) -> Path | None:
-    """Where the figures go; refused before the work if it cannot be written."""
-    if not json_file:
-        return None
-    path = Path(json_file)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        _fail(f"--json {json_file} cannot be written; name a file in a folder that is there")
-    return path
+        fail(str(error))
 
 
 def _start(source: Recording | HeatFile, ranks: int, slots: int) -> tuple[np.ndarray, str]:
@@ -166,14 +150,9 @@ def _replay(
 
 def _play(source: Recording | HeatFile, replays: list[Replay]) -> None:
     """Every step to every policy, with a bar on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("replaying", total=len(source))
-        for counts in source.counts():
-            for each in replays:
-                each.add(counts)
-            progress.advance(task)
+    for counts in watched(source.counts(), len(source), "replaying"):
+        for each in replays:
+            each.add(counts)
 
 
 def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
@@ -253,13 +232,3 @@ def _as_json(
         "settings": config.model_dump(mode="json"),
         "policies": found,
     }
-
-
-def _write(target: Path, figures: dict[str, Any]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        _fail(f"--json {target} cannot be written: {error}")

@@ -1,0 +1,79 @@
+"""The command `eplb report`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import fail, target, write
+from .progress import watched
+
+if TYPE_CHECKING:
+    from ..planners.recording import Recording
+
+_PAGE = "report.html"
+
+
+def report(
+    folder: Annotated[str, typer.Argument(help="Folder of EPLB_RECORD or `eplb record`.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help=f"The page; {_PAGE} if neither this nor --trace is given."
+        ),
+    ] = "",
+    trace: Annotated[
+        str, typer.Option(help="Write the time line for Perfetto here, as Chrome trace events.")
+    ] = "",
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+) -> None:
+    """Draw a recording as one page that needs no network, or as a time line for Perfetto.
+
+    Example: eplb report recording -o report.html --trace trace.json
+    """
+    output = output or ("" if trace else _PAGE)
+    page = target("-o", output) if output else None
+    timeline = target("--trace", trace) if trace else None
+    if page is not None:
+        _need_plotly()
+    try:
+        from ..planners.recording import Recording
+
+        recording = Recording(folder)
+        if page is not None:
+            _write_page(recording, page, title or f"Expert balance: {Path(folder).resolve().name}")
+        if timeline is not None:
+            _write_trace(recording, timeline)
+    except (ValueError, OSError, MemoryError) as error:
+        fail(str(error))
+
+
+def _need_plotly() -> None:
+    try:
+        import plotly  # noqa: F401
+    except ImportError:
+        fail("a page is drawn by plotly, which is not here: pip install 'flash-eplb[report]'")
+
+
+def _write_page(recording: Recording, path: Path, title: str) -> None:
+    from .report.measured import measure
+    from .report.page import page
+
+    found = measure(recording, functools.partial(watched, what="reading"))
+    text = page(title, recording, found)
+    write("-o", path, text)
+    typer.echo(f"{path}: {found.steps} steps, {len(text.encode()) / 2**20:.1f} MiB")
+
+
+def _write_trace(recording: Recording, path: Path) -> None:
+    from .report.trace import trace_of
+
+    found = trace_of(recording, functools.partial(watched, what="tracing"))
+    write("--trace", path, json.dumps(found.content, separators=(",", ":"), allow_nan=False) + "\n")
+    left = found.steps - found.holds
+    older = f"; {left} older steps are left out" if left else ""
+    typer.echo(f"{path}: spans of {found.holds} steps{older}; open it at ui.perfetto.dev")
