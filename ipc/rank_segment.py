@@ -200,9 +200,24 @@ def _split(body: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
     return np.split(body[: sum(sizes)], np.cumsum(sizes)[:-1])
 
 
+_WARM = GroupShape((ModelShape("", 1),), 2, 2, 1, (0,), (1,), 1, 8)
+
+
+def warmup_reader() -> None:
+    """Compile, or load from the cache, the kernels with which a segment that may not be written is
+    read."""
+    body = np.zeros(segment_bytes(_WARM), np.uint8)
+    body.flags.writeable = False
+    areas = RankAreas(body, _WARM)
+    areas.heat.read()
+    areas.rounds.read()
+    areas.board.read()
+    assert areas.status[Field.STEP] == 0
+
+
 def warmup() -> None:
     """Compile, or load from the cache, the kernels of both ends of a rank's segment."""
-    shape = GroupShape((ModelShape("", 1),), 2, 2, 1, (0,), (1,), 1, 8)
+    shape = _WARM
     areas = RankAreas(np.zeros(segment_bytes(shape), np.uint8), shape)
     areas.heat.push(1, 0, 0, 0, 0, np.zeros((1, 2), np.int32))
     areas.heat.read()

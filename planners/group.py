@@ -35,18 +35,18 @@ class Group:
         self._matcher = StepMatcher(len(self._counting), self.shape.ring_slots)
 
     @classmethod
-    def attach(cls, session: str) -> Group:
-        """All ranks of the engine that runs in `session`.
+    def attach(cls, session: str, writable: bool = True) -> Group:
+        """All ranks of the engine that runs in `session`; who only reads them needs no `writable`.
 
         Raises:
             SegmentError: there is none, it is not complete yet, or a rank is dead.
             LimitError: this process may not open as many files.
         """
-        ranks = [RankSegment.open(rank_name(session, 0), writable=True)]
+        ranks = [RankSegment.open(rank_name(session, 0), writable)]
         try:
             check_files(ranks[0].header.shape.ranks + 8, "the planner")
             for rank in range(1, ranks[0].header.shape.ranks):
-                ranks.append(RankSegment.open(rank_name(session, rank), writable=True))
+                ranks.append(RankSegment.open(rank_name(session, rank), writable))
             for found in ranks:
                 if not found.owner_is_alive():
                     raise SegmentError(
@@ -102,6 +102,11 @@ class Group:
     def lost(self) -> int:
         """Records that a ring's writer overwrote before they were read."""
         return sum(rank.heat.lost for rank in self._counting)
+
+    @property
+    def unmatched(self) -> int:
+        """Steps between those read that a rank lost, or counted under another epoch."""
+        return self._matcher.unmatched
 
     def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.

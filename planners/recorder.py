@@ -52,6 +52,20 @@ _CLOSE_SECONDS = 10.0
 _EPOCHS_KEPT = 256
 
 
+OnStop = Callable[[Path, Exception], None]
+"""Called once, from the recorder's thread, with the folder and what ended its recording."""
+
+
+def planning_goes_on(folder: Path, error: Exception) -> None:
+    """Say that a planner does not record any more."""
+    log.error(
+        "recording to EPLB_RECORD=%s has stopped, planning goes on: %s; put that right and restart "
+        "the planner to record again",
+        folder,
+        error,
+    )
+
+
 class NoRecorder:
     """What a planner calls that records nothing; the interface of `Recorder`."""
 
@@ -98,17 +112,25 @@ class _Filling:
 class Recorder(NoRecorder):
     """Records one planner's work for one engine; appends to what the folder holds already.
 
-    It never raises and never waits: what cannot be written ends the recording with one line in the
-    log. It keeps the heat and the placements that it is given, which nobody may change afterwards.
+    It never raises and never waits: what cannot be written ends the recording, and is told. It
+    keeps the heat and the placements that it is given, which nobody may change afterwards.
 
     Args:
         folder: made if it is not there.
         header: layers, experts, ranks and slots of the group, and what else is worth knowing, as
             JSON takes it.
         most_bytes: of all chunks together; the oldest are removed.
+        on_stop: told when no more can be recorded.
     """
 
-    def __init__(self, folder: str | Path, header: dict[str, Any], most_bytes: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        header: dict[str, Any],
+        most_bytes: int,
+        on_stop: OnStop = planning_goes_on,
+    ):
+        self._on_stop = on_stop
         self._folder = Path(folder)
         self._most_bytes = most_bytes
         self._header = {
@@ -211,7 +233,7 @@ class Recorder(NoRecorder):
                 self._said_slow = True
                 log.warning(
                     "%s is too slow for what is recorded, so some of it is left out; "
-                    "set EPLB_RECORD to a faster disk",
+                    "record to a faster disk",
                     self._folder,
                 )
 
@@ -228,12 +250,7 @@ class Recorder(NoRecorder):
                 os.close(lock)
         except Exception as error:  # whatever it is, planning goes on
             self._failed = True
-            log.error(
-                "recording to EPLB_RECORD=%s has stopped, planning goes on: %s; put that right "
-                "and restart the planner to record again",
-                self._folder,
-                error,
-            )
+            self._on_stop(self._folder, error)
 
     def _open_folder(self) -> int:
         """Make the folder ours; returns the descriptor that holds its lock."""
@@ -248,7 +265,7 @@ class Recorder(NoRecorder):
         except BaseException as error:
             os.close(lock)
             if isinstance(error, BlockingIOError):
-                raise OSError("another planner records there; give each a folder") from None
+                raise OSError("another process records there; give each a folder") from None
             raise
         return lock
 
@@ -308,7 +325,13 @@ MakeRecorder = Callable[[Any], NoRecorder]
 """Called with the `GroupShape` of the engine that was found."""
 
 
-def recorder_of(folder: str, most_mb: int, session: str, settings: dict[str, Any]) -> MakeRecorder:
+def recorder_of(
+    folder: str,
+    most_mb: int,
+    session: str,
+    settings: dict[str, Any],
+    on_stop: OnStop = planning_goes_on,
+) -> MakeRecorder:
     """What makes the recorder of an engine; one that records nothing if `folder` is empty.
 
     Args:
@@ -316,6 +339,7 @@ def recorder_of(folder: str, most_mb: int, session: str, settings: dict[str, Any
         most_mb: EPLB_RECORD_MB.
         session: name of the session.
         settings: for the header.
+        on_stop: told when no more can be recorded.
     """
 
     def make(shape: Any) -> NoRecorder:
@@ -331,6 +355,6 @@ def recorder_of(folder: str, most_mb: int, session: str, settings: dict[str, Any
             "staging_rows": shape.staging_rows,
             "settings": settings,
         }
-        return Recorder(folder, header, most_mb << 20)
+        return Recorder(folder, header, most_mb << 20, on_stop)
 
     return make

@@ -19,7 +19,16 @@ class FakeEngine:
     """All ranks of a group in one process; `step` counts heat and carries out waiting rounds."""
 
     def __init__(
-        self, session: str, layers=2, experts=8, ranks=2, slots=5, counting=(0,), rows=4, own=False
+        self,
+        session: str,
+        layers=2,
+        experts=8,
+        ranks=2,
+        slots=5,
+        counting=(0,),
+        rows=4,
+        own=False,
+        ring=64,
     ):
         self.shape = GroupShape(
             models=(ModelShape("fake", layers),),
@@ -29,7 +38,7 @@ class FakeEngine:
             counting=counting,
             row_bytes=(64,) * layers,
             staging_rows=rows,
-            ring_slots=64,
+            ring_slots=ring,
             counts_own_slots=own,
         )
         self.flags = 0

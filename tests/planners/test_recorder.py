@@ -274,7 +274,7 @@ def test_two_planners_do_not_record_in_one_folder(tmp_path, caplog):
     first.step(step(1))
     time.sleep(0.3)  # its thread has the folder by then
     record(tmp_path, 4)
-    assert "another planner records there; give each a folder" in stopped(caplog)
+    assert "another process records there; give each a folder" in stopped(caplog)
     first.close()
     assert len(list(Recording(tmp_path).steps())) == 1
 
