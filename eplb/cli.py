@@ -205,14 +205,15 @@ def clean(
 @app.command()
 def demo(
     folder: Annotated[str, typer.Option(help="Where the tiny checkpoint is kept.")] = "build/demo",
+    record: Annotated[str, typer.Option(help="Folder that its planner records in.")] = "",
 ) -> None:
     """Run a real vLLM on the CPU with and without the balancer and compare their tokens.
 
-    Example: eplb demo
+    Example: eplb demo --record build/demo/recording
     """
     from .demo.run import run
 
-    raise typer.Exit(run(folder))
+    raise typer.Exit(run(folder, record))
 
 
 @app.command()

@@ -98,7 +98,12 @@ def _reference(model: Path, work: list[Tokens], logs: Path, progress: Progress) 
 
 
 def _balanced(
-    model: Path, work: list[Tokens], logs: Path, progress: Progress, outcome: Outcome
+    model: Path,
+    work: list[Tokens],
+    logs: Path,
+    progress: Progress,
+    outcome: Outcome,
+    record: str,
 ) -> list[list[Tokens]]:
     progress.say("starting vLLM with flash_eplb (log: build/demo/with.log)")
     passes = []
@@ -109,7 +114,7 @@ def _balanced(
             for number in range(PASSES):
                 if number == 1:
                     progress.say("starting `eplb planner` (log: build/demo/planner.log)")
-                    planner = _start_planner(logs / "planner.log")
+                    planner = _start_planner(logs / "planner.log", record)
                     _wait_for(logs / "planner.log", "serving an engine", planner)
                 first = observer.steps
                 passes.append(_one_pass(server, work, observer, progress, number))
@@ -139,11 +144,11 @@ def _one_pass(
     return answers
 
 
-def _start_planner(log: Path) -> subprocess.Popen[bytes]:
+def _start_planner(log: Path, record: str) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "flash_eplb.eplb.cli", "planner"],
-            env=environment(**SETTINGS),
+            env=environment(**SETTINGS, record=record),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -197,8 +202,13 @@ def _interrupt(progress: Progress) -> None:
     raise KeyboardInterrupt
 
 
-def run(folder: str) -> int:
-    """Run the demo with its files in `folder`; returns the exit code."""
+def run(folder: str, record: str = "") -> int:
+    """Run the demo; returns the exit code.
+
+    Args:
+        folder: for its files.
+        record: for the recording of its planner; empty: none.
+    """
     from ..cli import compile_kernels
 
     progress = Progress()
@@ -214,7 +224,7 @@ def run(folder: str) -> int:
     outcome = Outcome()
     try:
         reference = _reference(model, work, logs, progress)
-        passes = _balanced(model, work, logs, progress, outcome)
+        passes = _balanced(model, work, logs, progress, outcome, record)
     except (ServerError, OSError, KeyboardInterrupt) as error:
         progress.say(f"FAILED: {error}" if str(error) else "everything was stopped")
         return 1
@@ -223,6 +233,8 @@ def run(folder: str) -> int:
         outcome.differing += differing
         outcome.compared += compared
     Console(width=None if sys.stdout.isatty() else 100).print(_table(outcome))
+    if record:
+        progress.say(f"recorded in {record}; draw it with `eplb report {record}`")
     failures = outcome.failures()
     progress.say("FAILED: " + "; ".join(failures) if failures else "done: all tokens are the same")
     return 1 if failures else 0

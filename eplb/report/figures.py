@@ -177,7 +177,7 @@ def _par_by_layer(found: Measured, axis: Axis) -> Plot:
         "par-by-layer",
         "Balance of each layer",
         "Each row is a layer, dark is out of balance. A row that stays dark is one that the plans "
-        "do not help or leave alone.",
+        "do not help or leave alone. A wide, even cell is a time without steps.",
         figure,
     )
 
@@ -359,7 +359,9 @@ def _durations(found: Measured, axis: Axis) -> Plot | None:
     )
 
 
-def _missing(found: Measured, axis: Axis) -> Plot:
+def _missing(found: Measured, axis: Axis) -> Plot | None:
+    if not found.missing.any():
+        return None
     figure = _figure(axis.title, "steps not recorded", height=240)
     middle, width = axis.of((found.edges[1:] + found.edges[:-1]) / 2), axis.of(np.diff(found.edges))
     figure.add_bar(x=middle, y=_or_nothing(found.missing), width=width, marker=_solid(BAD))

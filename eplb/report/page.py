@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from html import escape
-from typing import Any
 
 import numpy as np
 import plotly.io
@@ -142,17 +141,18 @@ def headlines(recording: Recording, found: Measured) -> dict[str, str]:
     moves = int(
         committed["rows"].sum() if len(rounds) else plans[plans["committed"]]["moves"].sum()
     )
-    known = plans[~np.isnan(plans["ended"])]
+    ended = plans[~np.isnan(plans["ended"])]["committed"]
     first = found.first_commit
-    figures: dict[str, Any] = {
+    plans_known = len(plans) > 0 or len(rounds) == 0  # `eplb record` sees rounds alone
+    return {
         "steps": f"{found.steps:,}",
         "recorded for": _duration(float(found.edges[-1])),
         "tokens": f"{found.tokens:,}",
         "PAR before the first commit": _par(found.mean_par(0, first)),
         "PAR since then": _par(found.mean_par(first, float("inf"))),
-        "plans sent": f"{len(plans):,}",
-        "plans committed": f"{int(known['committed'].sum()):,}",
-        "plans given up": f"{int((~known['committed']).sum()):,}",
+        "plans sent": _count(len(plans), plans_known),
+        "plans committed": _count(int(ended.sum()), plans_known),
+        "plans given up": _count(int((~ended).sum()), plans_known),
         "rounds committed": f"{len(committed):,}",
         "rounds aborted": f"{len(rounds) - len(committed):,}",
         "slots moved": f"{moves:,}",
@@ -162,7 +162,10 @@ def headlines(recording: Recording, found: Measured) -> dict[str, str]:
         "chunks missing": f"{len(recording.missing):,}",
         "steps of an unknown placement": f"{found.unplaced:,}",
     }
-    return figures
+
+
+def _count(number: int, known: bool) -> str:
+    return f"{number:,}" if known else "–"
 
 
 def _par(value: float) -> str:

@@ -120,6 +120,9 @@ def test_it_sees_what_the_planner_beside_it_sees(session, engine, recording, tmp
 
 def test_it_ends_with_the_engine(session, engine, recording, tmp_path):
     seen = recording()
+    maps = Path(f"/proc/{seen.process.pid}/maps").read_text().splitlines()
+    mapped = [line.split()[1] for line in maps if f"eplb.{session}.rank" in line]
+    assert mapped == ["r--s", "r--s"]
     for _ in range(20):
         engine.step(SKEWED)
     engine.close()

@@ -17,6 +17,7 @@ from recordings import record as write
 from typer.testing import CliRunner
 
 from flash_eplb.eplb.cli import app
+from flash_eplb.eplb.report import figures as figures_module
 from flash_eplb.eplb.report import measured as measured_module
 from flash_eplb.eplb.report.clock import Clock
 from flash_eplb.eplb.report.measured import measure
@@ -189,6 +190,29 @@ def test_a_recording_without_round_logs_counts_the_moves_of_its_plans(folder):
     assert figures["plans committed"] == "1"
 
 
+def test_a_recording_from_outside_says_nothing_of_plans(folder):
+    for path in folder.iterdir():
+        with np.load(path) as file:
+            arrays = dict(file)
+        np.savez(path, **arrays | {name: arrays[name][:0] for name in ("plans", "outcomes")})
+    recording = Recording(folder)
+    figures = headlines(recording, measure(recording, passed))
+    assert [figures[f"plans {how}"] for how in ("sent", "committed", "given up")] == ["–"] * 3
+    assert figures["rounds committed"] == "1"
+
+
+def test_scatter_plots_show_a_bounded_number_of_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures_module, "MOST_POINTS", 3)
+    synthetic.record(tmp_path)
+    drawn = figures_module.plots(measure(Recording(tmp_path), passed))
+    (durations,) = (plot.figure for plot in drawn if plot.name == "durations")
+    counts = {trace.name: len(trace.x) for trace in durations.data}
+    assert counts["planning"] == 3
+    assert max(counts.values()) == 3
+    (moves,) = (plot.figure for plot in drawn if plot.name == "moves")
+    assert max(len(trace.x) for trace in moves.data if trace.type == "scatter") == 3
+
+
 def test_a_page_is_written_whole_and_its_size_is_bounded(tmp_path):
     synthetic.record(tmp_path / "short", steps=300)
     synthetic.record(tmp_path / "long", steps=3000)
@@ -267,3 +291,9 @@ def test_the_command_shows_a_bar_on_a_terminal_only(folder, tmp_path):
     environment = os.environ | {"PATH": path, "TERM": "xterm"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "reading" in done.stdout
+
+
+def test_a_plot_of_nothing_is_left_out(folder):
+    drawn = figures_module.plots(measure(Recording(folder), passed))
+    assert "missing" not in [plot.name for plot in drawn]
+    assert "par" in [plot.name for plot in drawn]
