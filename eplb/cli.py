@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from . import cli_replay
+from . import cli_replay, cli_stress
 from . import config as settings
 from .choice import SETTINGS_OF, choose, load, options_of, pace_of, policy_of, refusal
 
@@ -230,6 +230,7 @@ def warmup() -> None:
 
 
 app.command()(cli_replay.replay)
+app.command()(cli_stress.stress)
 
 
 @app.command()

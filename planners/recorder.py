@@ -68,6 +68,9 @@ class NoRecorder:
     def ended(self, number: int, committed: bool) -> None:
         """All ranks have committed the plan, or it was given up."""
 
+    def lost(self, records: int) -> None:
+        """So many records of the ranks have been overwritten, so far, before they were read."""
+
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
 
