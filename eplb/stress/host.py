@@ -23,7 +23,7 @@ from .figures import Order, Rank
 from .scenario import scenario_of
 from .setup import Setup, decoded
 
-DRAWS = 8
+DRAWS = 4
 """Ranks of a process that draw anew in a step; the others send what they sent before."""
 
 _BEHIND_NS = 1_000_000_000  # what is further behind than this is not made up for
@@ -48,8 +48,12 @@ class Host:
         self._at = 0
         self._tokens = [0] * len(self._ranks)
         self._turns = -(-len(self._ranks) // DRAWS)
-        self._counts = np.zeros((len(self._ranks), setup.layers, setup.experts), np.int64)
-        self._heat = np.zeros((setup.layers, setup.ranks * setup.slots), np.int32)
+        count, layers, ranks = len(self._ranks), setup.layers, setup.ranks
+        self._counts = np.zeros((count, layers, setup.experts), np.int64)
+        self._heat = np.zeros((count, layers, ranks * setup.slots), np.int32)
+        self._loads = np.zeros((count, layers, ranks), np.int64)
+        self._sent = np.zeros((layers, setup.experts), np.int64)
+        self._arrived = np.zeros((layers, ranks), np.int64)
         self._shuffled = (0, np.zeros(0), np.zeros(0))
         self._epoch = -1
         self._step = 0
@@ -98,47 +102,52 @@ class Host:
     def step(self) -> None:
         """One step of every rank."""
         self._step += 1
-        self._learn()
         demand = self._demand()
-        sums, slots = self._figures.tokens[self._host], self._setup.slots
-        for place, (number, rank) in enumerate(zip(self._numbers, self._ranks, strict=True)):
-            if (place + self._step) % self._turns == 0 or not self._tokens[place]:
+        is_moved = self._learn()
+        for place in range(len(self._ranks)):
+            is_drawn = (place + self._step) % self._turns == 0 or not self._tokens[place]
+            if is_drawn:
                 self._draw(place, demand)
-            counts = self._counts[place]
-            spread(counts, *self._parts, self._noise.uniform, self._step * 7 + number, self._heat)
-            sums += counts
-            loads = self._figures.loads[self._host]
-            loads += self._heat.reshape(len(loads), -1, slots).sum(2)
+            if is_drawn or is_moved:
+                self._spread(place)
+        self._figures.tokens[self._host] += self._sent
+        self._figures.loads[self._host] += self._arrived
+        for place, (number, rank) in enumerate(zip(self._numbers, self._ranks, strict=True)):
             self._sleep_if_slow(number)
-            rank.step(self._heat, self._tokens[place], demand.flags)
+            rank.step(self._heat[place], self._tokens[place], demand.flags)
 
     def _draw(self, place: int, demand: Demand) -> None:
-        setup = self._setup
-        # Other numbers from step to step, so that a record that mixes two does not add up.
+        """Other tokens for a rank."""
+        setup, noise, counts = self._setup, self._noise, self._counts[place]
+        # Another number in each step, so that a record that mixes two does not add up.
         tokens = max(1, int(setup.tokens * demand.scale)) + (self._step * 13 + place) % 7
         self._tokens[place] = tokens
-        noise = self._noise
-        self._at = int(
-            draw(
-                demand.share,
-                tokens * setup.top_k,
-                noise.uniform,
-                noise.normal,
-                self._at + 12345 * self._step % 4096,
-                self._counts[place],
-            )
-        )
+        self._sent -= counts
+        first = self._at + 12345 * self._step % 4096
+        total = tokens * setup.top_k
+        self._at = int(draw(demand.share, total, noise.uniform, noise.normal, first, counts))
+        self._sent += counts
 
-    def _learn(self) -> None:
-        """Where the experts are, if that has changed."""
+    def _spread(self, place: int) -> None:
+        """A rank's tokens to the slots that hold their experts."""
+        heat, load = self._heat[place], self._loads[place]
+        first = self._step * 7 + self._numbers[place]
+        spread(self._counts[place], *self._parts, self._noise.uniform, first, heat)
+        self._arrived -= load
+        heat.reshape(*load.shape, -1).sum(2, out=load)
+        self._arrived += load
+
+    def _learn(self) -> bool:
+        """Where the experts are; whether that has changed."""
         first = self._ranks[0]
         if first.epoch == self._epoch:
-            return
+            return False
         self._epoch = first.epoch
         self._parts = parts(first.placement, first.columns, self._setup.experts)
         placed = getattr(self._scenario, "placed", None)
         if placed is not None:
             placed(self._epoch, first.placement)
+        return True
 
     def _demand(self) -> Demand:
         """The scenario's, with other experts hot after each shuffle."""
