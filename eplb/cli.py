@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from . import cli_record, cli_replay, cli_report
+from . import cli_record, cli_replay, cli_report, cli_stress
 from . import config as settings
 from .choice import SETTINGS_OF, choose, load, options_of, pace_of, policy_of, refusal
 
@@ -233,6 +233,7 @@ def warmup() -> None:
 app.command()(cli_record.record)
 app.command()(cli_replay.replay)
 app.command()(cli_report.report)
+app.command()(cli_stress.stress)
 
 
 @app.command()

@@ -14,6 +14,8 @@ import time
 from multiprocessing.util import Finalize
 from typing import Any
 
+import numpy as np
+
 from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
 from ..ipc.flags import FLAG_DUMMY
@@ -90,6 +92,17 @@ class Worker:
     def epoch(self) -> int:
         """Rounds committed so far."""
         return self._loader.epoch if self._started and not self.refused else 0
+
+    @property
+    def placement(self) -> np.ndarray:
+        """int32 [layers, ranks, slots], as it is committed."""
+        is_balancing = self._started and not self.refused
+        return self._loader.placement if is_balancing else self._engine.placement
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether balancing, once begun, has stopped on all ranks."""
+        return self._started and not self.refused and bool(self._loader.stopped)
 
     def settle(self) -> None:
         """A pass is about to run, maybe a dummy one: make up for a step that the last one owes."""

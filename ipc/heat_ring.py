@@ -176,9 +176,18 @@ class HeatRing:
         _push(self._words, slot, index, step, time, tokens, flags, epoch, span, counts)
         self._index = index + 1
 
-    def follow(self) -> None:
-        """Reader: start at the oldest record that still stands; what is gone is not lost to it."""
+    @property
+    def written(self) -> int:
+        """Records written so far."""
+        return load_acquire(self._words, 0)
+
+    def follow(self) -> int:
+        """Reader: start at the oldest record that still stands; what is gone is not lost to it.
+
+        Returns how many were written before that one.
+        """
         self._cursor = max(0, int(self._words[0]) - self.slots)
+        return self._cursor
 
     def read(self, most: int = 64) -> HeatRecords:
         """Reader: records since the last call.

@@ -21,21 +21,22 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..ipc.rank_segment import RankSegment
 from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
 from ..ipc.status import Field, State
-from .engine import Engine
+from .errand import Result
 from .inbox import HOME, Inbox, Pending
 from .patrol import Patrol
 from .round_times import RoundTimes
-from .stager import Result
 from .stager_pool import StagerPool
-from .staging import copy_rows, reorder_slots
 from .vote import Ballot, Outcome, Vote, reason_to_stop
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 log = logging.getLogger("flash_eplb.loader")
 T = TypeVar("T")
@@ -144,6 +145,8 @@ class Loader:
         Args:
             placement: int32 [layers, ranks, slots], with the experts of now on every rank.
         """
+        from .staging import copy_rows, reorder_slots
+
         layers = np.flatnonzero((placement != self.placement).any(axis=(1, 2)))
         for layer in layers:
             ours = self.placement[layer, self._rank], placement[layer, self._rank]
@@ -323,7 +326,7 @@ class Loader:
         assert active is not None
         assert result is not None
         self._times.commit()
-        copy_rows(result.live, result.staged)
+        result.commit()
         self.placement = active.after
         self._turn_epoch()
         rows = len(self._stagers.rows)

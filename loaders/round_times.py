@@ -6,7 +6,7 @@ import time
 
 from ..ipc.round import Round
 from ..ipc.round_log import RoundLog, Transfer
-from .stager import Result
+from .errand import Result
 
 
 class RoundTimes:

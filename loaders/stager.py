@@ -14,8 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 
 from ..device import Event, device_of
 from .digest import row_digest
+from .errand import Errand, Result, my_rows
 from .patrol import Beat
 from .staging import Staging, slot_views
 from .transport import Parcel, Transport
@@ -44,55 +44,6 @@ class _Wrong(NamedTuple):
     found: int
     expected: int
     is_known: bool
-
-
-Tables = Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]
-
-
-@dataclass(frozen=True)
-class Errand:
-    """A round, as the stager of one rank sees it.
-
-    Attributes:
-        identity: of the round; 0 only opens the connections.
-        moves: `MOVE` records of all ranks.
-        transport_epoch: whose connections to use.
-        rows: staging rows to fill, one for each move that arrives here, in their order.
-        tables: gives the engine's tables and their values after the round (`Engine.tables`).
-        beat: instead of all that, a live expert to be looked at.
-    """
-
-    identity: int
-    moves: np.ndarray
-    transport_epoch: int
-    rows: tuple[int, ...] = ()
-    tables: Tables | None = None
-    beat: Beat | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """How an errand ended.
-
-    Attributes:
-        identity: of the errand.
-        error: empty if its rows are staged and proved.
-        damaged: whether an expert had another digest than at the start.
-        changed: whether that was so in the live weights themselves.
-        received_bytes: from other ranks.
-        staged_ns: monotonic clock when its rows were staged and proved; 0 if they are not.
-        live, staged: what a commit copies, one for one: the slots to be written and the rows that
-            go there, the engine's tables and their values.
-    """
-
-    identity: int
-    error: str = ""
-    damaged: bool = False
-    changed: bool = False
-    received_bytes: int = 0
-    staged_ns: int = 0
-    live: list[torch.Tensor] = field(default_factory=list)
-    staged: list[torch.Tensor] = field(default_factory=list)
 
 
 class Stager:
@@ -245,11 +196,6 @@ class Stager:
         if found == expected:
             return None
         return _Wrong(found, expected, found in self._reference[layer])
-
-
-def my_rows(moves: np.ndarray, rank: int) -> list[int]:
-    """Indices of the moves that arrive on `rank`."""
-    return np.flatnonzero(moves["rank"] == rank).tolist()
 
 
 def _complaint(move: np.void, wrong: _Wrong, where: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..ipc.placement import MOVE
+from .errand import Errand, Result, Tables, my_rows
 from .patrol import Beat
-from .stager import Errand, Result, Stager, Tables, my_rows
+
+if TYPE_CHECKING:
+    from .stager import Stager
 
 log = logging.getLogger("flash_eplb.loader")
 

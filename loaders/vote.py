@@ -155,7 +155,8 @@ class Vote:
         return to_outcome(words if missing < 0 else self._wait())
 
     def _wait(self) -> list[int]:
-        begin = looked = time.monotonic()
+        waited = looked = 0.0
+        last = time.monotonic()
         warned = False
         while True:
             missing, words = self._box.tally(self._number)
@@ -163,10 +164,13 @@ class Vote:
                 return words
             time.sleep(20e-6)
             now = time.monotonic()
-            if now - looked > _LOOK_SECONDS:
-                looked = now
-                self._check(missing, now - begin)
-            if not warned and now - begin > _QUIET_SECONDS:
+            # While this process was stopped, or its clock jumped, nobody was waited for.
+            waited += min(max(0.0, now - last), _LOOK_SECONDS)
+            last = now
+            if waited - looked >= _LOOK_SECONDS:
+                looked = waited
+                self._check(missing, waited)
+            if not warned and waited > _QUIET_SECONDS:
                 warned = True
                 log.warning(
                     "EP rank %d has waited %.0f s for the vote of EP rank %d",

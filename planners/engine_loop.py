@@ -108,6 +108,7 @@ class EngineLoop:
         steps = list(self._group.read_heat(self._pace.heat_phase))
         if not self._resumed:
             self._lost = self._group.lost  # overwritten while this planner was coming
+        self._recorder.lost(self._group.lost)
         self._report_losses()
         self._report_phases()
         if self._delivery is not None:

@@ -55,6 +55,7 @@ class Follower:
             self._read_boards()
         while self._waiting and self._is_ready(self._waiting[0]):
             self._record(self._waiting.popleft())
+        self._recorder.lost(self._group.lost)
         ended = self._group.read_transfers()
         self.rounds += int((ended["rank"] == 0).sum())
         self._recorder.transfers(ended)

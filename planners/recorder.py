@@ -86,6 +86,9 @@ class NoRecorder:
     def transfers(self, ended: np.ndarray) -> None:
         """Rounds have ended: `chunk.RANK_TRANSFER` records, one for each rank."""
 
+    def lost(self, records: int) -> None:
+        """So many records of the ranks have been overwritten, so far, before they were read."""
+
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
 
@@ -104,6 +107,7 @@ class _Filling:
     transfers: list[np.ndarray] = field(default_factory=list)
     placements: dict[int, np.ndarray] = field(default_factory=dict)
     dropped: int = 0
+    lost: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.steps or self.learned or self.plans or self.outcomes or self.transfers)
@@ -145,6 +149,7 @@ class Recorder(NoRecorder):
         self._steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // cell))
         self._known: dict[int, np.ndarray] = {}
         self._dropped = 0
+        self._lost = 0
         self._said_slow = False
         self._filling = _Filling(time.monotonic())
         self._waiting: queue.Queue[_Filling | None] = queue.Queue(_MOST_WAITING)
@@ -205,6 +210,10 @@ class Recorder(NoRecorder):
         if len(ended) and not self._failed:
             self._filling.transfers.append(ended)
 
+    def lost(self, records: int) -> None:
+        """So many records of the ranks have been overwritten, so far, before they were read."""
+        self._lost = records
+
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
         if self._filling:
@@ -222,7 +231,7 @@ class Recorder(NoRecorder):
         filled, self._filling = self._filling, _Filling(time.monotonic())
         epochs = {step.epoch for step in filled.steps} | filled.learned
         filled.placements = {n: self._known[n] for n in sorted(epochs & self._known.keys())}
-        filled.dropped = self._dropped
+        filled.dropped, filled.lost = self._dropped, self._lost
         try:
             self._waiting.put_nowait(filled)
         except queue.Full:
@@ -308,7 +317,9 @@ class Recorder(NoRecorder):
         }
         held = list(filled.placements.values())
         return {
-            "header": np.array(json.dumps({**self._header, "dropped": filled.dropped})),
+            "header": np.array(
+                json.dumps({**self._header, "dropped": filled.dropped, "lost": filled.lost})
+            ),
             **{name: np.array(values, np.int64) for name, values in columns.items()},
             "heat": narrowest(heat.reshape(len(steps), layers, ranks * slots)),
             "placement_epochs": np.array(list(filled.placements), np.int64),

@@ -110,6 +110,11 @@ class Recording:
         """Steps that the newest run left out because its disk was too slow."""
         return int(self.header.get("dropped", 0))
 
+    @property
+    def lost(self) -> int:
+        """Records of single ranks that were overwritten in the newest run before they were read."""
+        return int(self.header.get("lost", 0))
+
     def steps(self) -> Iterator[RecordedStep]:
         """The recorded steps, oldest first.
 

@@ -158,6 +158,7 @@ def headlines(recording: Recording, found: Measured) -> dict[str, str]:
         "slots moved": f"{moves:,}",
         "moved between ranks": f"{committed['received_bytes'].sum() / 2**20:,.1f} MiB",
         "steps not recorded": f"{int(found.missing.sum()):,}",
+        "records lost": f"{recording.lost:,}",
         "dropped by a slow disk": f"{recording.dropped:,}",
         "chunks missing": f"{len(recording.missing):,}",
         "steps of an unknown placement": f"{found.unplaced:,}",

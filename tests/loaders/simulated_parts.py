@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flash_eplb.loaders.stager import Errand, Result, my_rows
+from flash_eplb.loaders.errand import Errand, Result, my_rows
 from flash_eplb.loaders.vote import Ballot, Outcome, to_outcome, to_words
 
 if TYPE_CHECKING:

@@ -1,4 +1,5 @@
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -135,4 +136,21 @@ def test_a_look_that_fails_is_no_death(votes, monkeypatch):
     for vote in (first, second):
         vote.issue(Ballot(7))
     threading.Timer(0.1, lambda: late.issue(Ballot(7))).start()
+    assert first.consume().start == 7
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_jump_of_the_clock_uses_up_no_patience(votes, monkeypatch, jump):
+    """So does a container that was paused for an hour: nobody was waited for meanwhile."""
+    (first, second, late), _ = votes
+    for vote in (first, second):
+        vote.issue(Ballot(7))
+    begin, clock = time.monotonic(), time.monotonic
+
+    def jumped():
+        now = clock()
+        return now + jump if now - begin > 0.05 else now
+
+    monkeypatch.setattr(vote_module.time, "monotonic", jumped)
+    threading.Timer(0.3, lambda: late.issue(Ballot(7))).start()
     assert first.consume().start == 7

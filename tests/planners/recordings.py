@@ -54,6 +54,7 @@ def record(folder, steps, first=1, most_bytes=1 << 30, header=HEADER):
             recorder.placement(1, SECOND)
             recorder.ended(1, True)
             recorder.transfers(transfers(number, plan))
+            recorder.lost(3)
         recorder.step(step(number, int(late)))
         while recorder._waiting.full() and recorder._thread.is_alive():
             time.sleep(0.001)

@@ -32,6 +32,7 @@ def refusal(path, read=lambda recording: list(recording.steps())):
 def test_steps_come_as_they_were_recorded(folder):
     recording = Recording(folder)
     assert len(recording) == 40
+    assert (recording.lost, recording.dropped) == (3, 0)
     shape = recording.layers, recording.experts, recording.ranks, recording.slots
     assert shape == (LAYERS, EXPERTS, RANKS, SLOTS)
     for number, step in enumerate(recording.steps(), 1):

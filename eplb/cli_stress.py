@@ -1,0 +1,283 @@
+"""The command `eplb stress`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .choice import load
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .stress.setup import Setup
+    from .stress.stress import Outcome
+    from .stress.verdicts import Verdict
+
+_ROOM = 16 << 20  # bytes of the private /dev/shm beside the engine's segments
+_UNSHARE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")), "--mount")
+
+
+def stress(
+    scenario: Annotated[str, typer.Option(help="See --list; or replay:FILE.")] = "drift",
+    layers: Annotated[int, typer.Option(help="Mixture-of-experts layers.")] = 4,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 64,
+    ranks: Annotated[int, typer.Option(help="EP ranks.")] = 4,
+    slots: Annotated[int, typer.Option(help="Slots per rank; 0: two redundant ones.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of a rank's full step.")] = 1024,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 8,
+    steps_per_second: Annotated[float, typer.Option(help="0: as fast as they go.")] = 100,
+    seconds: Annotated[float, typer.Option(help="How long, at least.")] = 30,
+    steps: Annotated[int, typer.Option(help="How long in steps, instead.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    weights: Annotated[bool, typer.Option(help="Real rows that travel over gloo.")] = False,
+    faults: Annotated[
+        str, typer.Option(help="Names with commas, all (each once) or random (until the end).")
+    ] = "",
+    patience: Annotated[float, typer.Option(help="Seconds to resume in after a fault.")] = 60,
+    json_file: Annotated[str, typer.Option("--json", help="Write the figures here, too.")] = "",
+    show_list: Annotated[bool, typer.Option("--list", help="Scenarios and faults.")] = False,
+    private_shm: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Run synthetic ranks, a real planner and real shared memory, and check every promise.
+
+    The balancer's settings are those of the EPLB_ variables.
+
+    Example: eplb stress --scenario burst --seconds 60 --faults all
+    """
+    from .stress.faults import FAULTS
+
+    if show_list:
+        _list()
+        return
+    names = list(FAULTS) if faults in ("all", "random") else [f for f in faults.split(",") if f]
+    for name in names:
+        if name not in FAULTS:
+            _fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
+    given = (layers, experts, ranks, slots, tokens, top_k, steps_per_second, seconds, steps)
+    _check(*given, patience)
+    target = Path(json_file) if json_file else None
+    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+        _fail(f"--json {json_file} cannot be written; name a file in a folder that is there")
+    config = load(session=os.environ.get("EPLB_SESSION", f"stress-{os.getpid()}"))
+    folder, code = tempfile.mkdtemp(prefix="eplb-stress-"), 0
+    try:
+        setup = _setup(
+            folder, config, scenario, (layers, experts, ranks, slots), tokens, top_k,
+            steps_per_second, seed, weights,
+        )  # fmt: skip
+        if "shm-full" in names and not private_shm:
+            _again_in_private(setup, config)
+        _check_limits(setup, config)
+        code = _run(setup, config, names, faults == "random", seconds, steps, patience, target)
+    finally:
+        if code == 1:
+            typer.echo(f"eplb: what the processes said is in {folder}", err=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise typer.Exit(code)
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(f"eplb: {text}", err=True)
+    raise typer.Exit(2)
+
+
+def _check(
+    layers: int,
+    experts: int,
+    ranks: int,
+    slots: int,
+    tokens: int,
+    top_k: int,
+    rate: float,
+    seconds: float,
+    steps: int,
+    patience: float,
+) -> None:
+    bounds = (
+        ("--layers", layers, 1, 1024),
+        ("--experts", experts, 2, 1024),
+        ("--ranks", ranks, 2, 1024),
+        ("--slots", slots, 0, 1024),
+        ("--tokens", tokens, 1, 10**6),
+        ("--top-k", top_k, 1, experts),
+        ("--steps-per-second", rate, 0, 10**6),
+        ("--seconds", seconds, 1, 10**7),
+        ("--steps", steps, 0, 10**9),
+        ("--patience", patience, 1, 10**5),
+    )
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            _fail(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _setup(
+    folder: str,
+    config: Config,
+    scenario: str,
+    shape: tuple[int, int, int, int],
+    tokens: int,
+    top_k: int,
+    rate: float,
+    seed: int,
+    weights: bool,
+) -> Setup:
+    """What was asked for; the command ends with 2 where it does not fit together."""
+    from ..collectors.synthetic import SCENARIOS
+    from ..ipc.shape import ShapeError, check_shape
+    from .stress.scenario import REPLAY, recorded
+    from .stress.setup import Setup
+
+    layers, experts, ranks, slots = shape
+    if scenario.startswith(REPLAY):
+        try:
+            layers, experts = recorded(scenario.removeprefix(REPLAY)).shape[1:]
+        except (ValueError, OSError) as error:
+            _fail(str(error))
+        scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
+    elif scenario not in SCENARIOS:
+        _fail(f"--scenario is {scenario!r}; there are {', '.join(SCENARIOS)} and replay:FILE")
+    slots = slots or min(experts, -(-experts // ranks) + 2)
+    hosts = ranks if weights else min(ranks, max(2, os.cpu_count() or 2))
+    setup = Setup(
+        folder, config.session, layers, experts, ranks, slots, scenario, seed, tokens, top_k,
+        rate, weights, hosts,
+    )  # fmt: skip
+    try:
+        check_shape(setup.group_shape(config))
+    except ShapeError as error:
+        _fail(f"{error}; change --experts, --ranks or --slots")
+    if weights and ranks > 16:
+        _fail(f"--weights starts a process for each rank; --ranks is {ranks}, at most 16")
+    return setup
+
+
+def _bytes(setup: Setup, config: Config) -> tuple[int, int]:
+    """Of a rank's segment without its ring, and of a step in the ring."""
+    from ..ipc.rank_segment import segment_bytes, step_bytes
+
+    shape = setup.group_shape(config)
+    return segment_bytes(shape) - shape.ring_slots * step_bytes(shape), step_bytes(shape)
+
+
+def _check_limits(setup: Setup, config: Config) -> None:
+    from ..ipc.limits import LimitError, check_files, check_memory
+
+    try:
+        check_memory(setup.ranks, *_bytes(setup, config), config.ring_steps)
+        check_files(2 * setup.ranks + 32, "the stress")
+    except LimitError as error:
+        _fail(str(error))
+
+
+def _again_in_private(setup: Setup, config: Config) -> NoReturn:
+    """Start this command again where /dev/shm is a small one of its own."""
+    if subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
+        _fail(
+            "shm-full needs a mount namespace of its own and `unshare --mount` is refused here; "
+            "run as root, in a container with CAP_SYS_ADMIN, or name the other --faults"
+        )
+    fixed, step = _bytes(setup, config)
+    size = setup.ranks * (fixed + config.ring_steps * step + 8192) + _ROOM
+    shutil.rmtree(setup.folder)
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    script = f'{mount} && exec "$0" -m flash_eplb.eplb.cli "$@" --private-shm'
+    os.execvp(_UNSHARE[0], [*_UNSHARE, "sh", "-c", script, sys.executable, *sys.argv[1:]])
+
+
+def _run(
+    setup: Setup,
+    config: Config,
+    names: list[str],
+    at_random: bool,
+    seconds: float,
+    steps: int,
+    patience: float,
+    target: Path | None,
+) -> int:
+    """Run it, say what is true; the exit code."""
+    from .stress.stress import Stress
+    from .stress.verdicts import limit, verdicts
+    from .stress.view import LiveView, PlainView, show_verdicts
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    with (LiveView if console.is_terminal else PlainView)(console, setup) as view:
+        outcome = Stress(
+            setup, config, {"EPLB_SPAWN_PLANNER": "0"}, names, at_random, seconds, steps,
+            patience, view.show,
+        ).run()  # fmt: skip
+    found = verdicts(outcome, setup, config.policy)
+    notes = [limit(outcome, setup, os.cpu_count() or 1)]
+    show_verdicts(console, found, notes)
+    if target:
+        _write(target, _as_json(setup, config, outcome, found, notes))
+    if any(verdict.holds is False for verdict in found):
+        return 1
+    return 130 if outcome.interrupted else 0
+
+
+def _as_json(
+    setup: Setup, config: Config, outcome: Outcome, found: list[Verdict], notes: list[str]
+) -> dict[str, Any]:
+    import msgspec
+
+    asked = msgspec.structs.asdict(setup)
+    del asked["folder"]
+    figures = asdict(outcome)
+    figures["samples"] = [
+        {
+            "seconds": sample.seconds,
+            "steps_per_second": sample.steps_per_second,
+            "par": sample.par.tolist(),
+            "unmoved": sample.unmoved.tolist(),
+            "epoch": sample.epoch,
+            "fault": is_fault,
+        }
+        for sample, is_fault in outcome.samples
+    ]
+    return {
+        "asked": asked,
+        "settings": config.model_dump(mode="json"),
+        "verdicts": [asdict(verdict) for verdict in found],
+        "notes": notes,
+        **figures,
+    }
+
+
+def _write(target: Path, figures: dict[str, Any]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        _fail(f"--json {target} cannot be written: {error}")
+
+
+def _list() -> None:
+    from ..collectors.synthetic import SCENARIOS
+    from .stress.faults import FAULTS
+
+    for title, rows in (("Scenarios", SCENARIOS), ("Faults", FAULTS)):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, (_, meaning) in rows.items():
+            table.add_row(name, meaning)
+        Console().print(table)

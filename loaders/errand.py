@@ -1,0 +1,74 @@
+"""What a stager is asked and what it answers; without torch, which not every engine has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .patrol import Beat
+
+if TYPE_CHECKING:
+    import torch
+
+Tables = Callable[[], "tuple[list[torch.Tensor], list[torch.Tensor]]"]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A round, as the stager of one rank sees it.
+
+    Attributes:
+        identity: of the round; 0 only opens the connections.
+        moves: `MOVE` records of all ranks.
+        transport_epoch: whose connections to use.
+        rows: staging rows to fill, one for each move that arrives here, in their order.
+        tables: gives the engine's tables and their values after the round (`Engine.tables`).
+        beat: instead of all that, a live expert to be looked at.
+    """
+
+    identity: int
+    moves: np.ndarray
+    transport_epoch: int
+    rows: tuple[int, ...] = ()
+    tables: Tables | None = None
+    beat: Beat | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an errand ended.
+
+    Attributes:
+        identity: of the errand.
+        error: empty if its rows are staged and proved.
+        damaged: whether an expert had another digest than at the start.
+        changed: whether that was so in the live weights themselves.
+        received_bytes: from other ranks.
+        staged_ns: monotonic clock when its rows were staged and proved; 0 if they are not.
+        live, staged: what a commit copies, one for one: the slots to be written and the rows that
+            go there, the engine's tables and their values.
+    """
+
+    identity: int
+    error: str = ""
+    damaged: bool = False
+    changed: bool = False
+    received_bytes: int = 0
+    staged_ns: int = 0
+    live: list[torch.Tensor] = field(default_factory=list)
+    staged: list[torch.Tensor] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Main thread, between two steps: write what was staged over what is live."""
+        if self.live:
+            from .staging import copy_rows
+
+            copy_rows(self.live, self.staged)
+
+
+def my_rows(moves: np.ndarray, rank: int) -> list[int]:
+    """Indices of the moves that arrive on `rank`."""
+    return np.flatnonzero(moves["rank"] == rank).tolist()
