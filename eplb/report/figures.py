@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from .measured import Measured
+from .measured import COLUMNS, Measured
 
 LAYERS_OF_EXPERTS = 4
 """Layers whose experts are shown over time."""
@@ -122,8 +122,8 @@ def _par(found: Measured, axis: Axis) -> Plot:
     ends, par = _binned(found.ends, found.par)
     figure = _figure(axis.title, "PAR (1 is perfect)", top=36)
     if len(ends):
-        x = axis.of(ends)
         low, high = np.nanpercentile(par, [5, 95], axis=1)
+        x = axis.of(ends)
         line = {"x": x, "mode": "lines"}
         hidden = {"width": 0}
         figure.add_scatter(**line, y=high, line=hidden, showlegend=False, hoverinfo="skip")
@@ -132,6 +132,8 @@ def _par(found: Measured, axis: Axis) -> Plot:
             name="nine in ten layers", hoverinfo="skip",
         )  # fmt: skip
         figure.add_scatter(**line, y=np.nanmean(par, axis=1), line={"color": MAIN}, name="mean")
+    for begin, end in axis.of(found.gaps).tolist():
+        figure.add_vrect(x0=begin, x1=end, fillcolor="#fff", line_width=0, layer="above")
     if np.isfinite(found.first_commit):
         figure.add_vline(
             x=float(axis.of(np.array(found.first_commit))), line={"dash": "dot", "color": GOOD},
@@ -142,7 +144,8 @@ def _par(found: Measured, axis: Axis) -> Plot:
         "Balance over time",
         f"PAR is the busiest rank's tokens over the mean rank's, per layer and episode of "
         f"{found.episode_steps} steps, as measured. Lower is better: after the first commit the "
-        "line should fall, and rise again only where the traffic changes.",
+        "line should fall, and rise again only where the traffic changes. Blank is a time "
+        "without steps.",
         figure,
     )
 
@@ -167,17 +170,17 @@ def _par_by_layer(found: Measured, axis: Axis) -> Plot:
     figure = _figure(axis.title, "layer", _height(found.par.shape[1]), top=20)
     if len(ends):
         most = max(1.05, float(np.nanpercentile(par, 99)))
-        starts = np.concatenate([[found.edges[0]], ends])
+        edges, cells = found.cells(np.concatenate([found.edges[:1], ends]), par)
         hover = "layer %{y}, %{x:.1f} " + axis.unit + ": PAR %{z:.3f}"
         figure.add_trace(
-            _heat_map(par.T, axis.of(starts), _EXCESS, "PAR", hover, zmin=1, zmax=most)
+            _heat_map(cells.T, axis.of(edges), _EXCESS, "PAR", hover, zmin=1, zmax=most)
         )
     figure.update_yaxes(autorange="reversed", dtick=max(1, found.par.shape[1] // 12))
     return Plot(
         "par-by-layer",
         "Balance of each layer",
         "Each row is a layer, dark is out of balance. A row that stays dark is one that the plans "
-        "do not help or leave alone. A wide, even cell is a time without steps.",
+        "do not help or leave alone. White is a time without steps.",
         figure,
     )
 
@@ -189,10 +192,10 @@ def _rank_loads(found: Measured, axis: Axis) -> Plot:
     away = max(0.05, float(np.nanmax(np.abs(shares - 1), initial=0)))
     figure = _figure(axis.title, "EP rank", _height(load.shape[1]), top=20)
     hover = "rank %{y}, %{x:.1f} " + axis.unit + ": %{z:.2f} of the mean"
-    edges = axis.of(found.edges)
+    edges, cells = found.cells(found.edges, shares)
     bounds = {"zmin": 1 - away, "zmax": 1 + away}
     figure.add_trace(
-        _heat_map(shares.T, edges, _AROUND, "tokens over the mean rank's", hover, **bounds)
+        _heat_map(cells.T, axis.of(edges), _AROUND, "tokens over the mean rank's", hover, **bounds)
     )
     figure.update_yaxes(autorange="reversed", dtick=max(1, load.shape[1] // 8))
     return Plot(
@@ -245,10 +248,10 @@ def _experts(found: Measured, axis: Axis) -> Plot:
     figure = _figure(axis.title, "expert", _height(experts, most=520), top=20)
     hover = "expert %{y}, %{x:.1f} " + axis.unit + ": %{z:.2f} of the mean expert"
     for number, layer in enumerate(layers):
-        shares = _even_shares(found.heat[:, layer])
+        edges, shares = found.cells(found.edges, _even_shares(found.heat[:, layer]))
         figure.add_trace(
             _heat_map(
-                shares.T, axis.of(found.edges), _SHARES, "tokens over the mean expert's", hover,
+                shares.T, axis.of(edges), _SHARES, "tokens over the mean expert's", hover,
                 **_range(shares), visible=number == 0, name=f"layer {layer}",
             )
         )  # fmt: skip
@@ -266,16 +269,13 @@ def _moves(found: Measured, axis: Axis) -> Plot:
     """Slots moved per column, and the plans sent."""
     rounds, plans = found.rounds, found.plans
     figure = _figure(axis.title, "slots moved", top=36)
-    middle, width = axis.of((found.edges[1:] + found.edges[:-1]) / 2), axis.of(np.diff(found.edges))
     done = rounds[rounds["committed"]]
-    moved = found.per_column(done["end"], done["rows"])
+    bars = _bars(found, axis, done["end"], done["rows"])
     if len(rounds) == 0:
         known = plans[plans["committed"]]
-        moved = found.per_column(known["ended"], known["moves"])
-    figure.add_bar(
-        x=middle, y=_or_nothing(moved), width=width, marker=_solid(MAIN), name="slots moved"
-    )
-    top = max(1.0, float(moved.max())) * 1.12
+        bars = _bars(found, axis, known["ended"], known["moves"])
+    figure.add_bar(**bars, marker=_solid(MAIN), name="slots moved")
+    top = float(np.nanmax(bars["y"], initial=1)) * 1.12
     kinds = (
         ("plan committed", GOOD, "triangle-up", plans[plans["committed"]]["ended"], top),
         ("plan given up", BAD, "x", _given_up(plans), top * 1.08),
@@ -304,9 +304,17 @@ def _solid(colour: str) -> dict[str, Any]:
     return {"color": colour, "line": {"color": colour, "width": 1.5}}
 
 
-def _or_nothing(heights: np.ndarray) -> np.ndarray:
-    """No bar where there is nothing."""
-    return np.where(heights > 0, heights, np.nan)
+def _bars(found: Measured, axis: Axis, when: np.ndarray, amounts: np.ndarray) -> dict[str, Any]:
+    """x, y and width of bars that sum up amounts; none where there is nothing."""
+    sums, edges = np.histogram(
+        when, COLUMNS, (0, max(1e-9, float(found.edges[-1]))), weights=amounts
+    )
+    middle, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+    return {
+        "x": axis.of(middle),
+        "y": np.where(sums > 0, sums, np.nan),
+        "width": float(axis.of(width)),
+    }
 
 
 def _given_up(plans: np.ndarray) -> np.ndarray:
@@ -360,12 +368,12 @@ def _durations(found: Measured, axis: Axis) -> Plot | None:
 
 
 def _missing(found: Measured, axis: Axis) -> Plot | None:
-    if not found.missing.any():
+    if not len(found.missing):
         return None
     figure = _figure(axis.title, "steps not recorded", height=240)
-    middle, width = axis.of((found.edges[1:] + found.edges[:-1]) / 2), axis.of(np.diff(found.edges))
-    figure.add_bar(x=middle, y=_or_nothing(found.missing), width=width, marker=_solid(BAD))
-    figure.update_yaxes(rangemode="tozero", range=[0, max(1.0, 1.1 * float(found.missing.max()))])
+    bars = _bars(found, axis, *found.missing.T)
+    figure.add_bar(**bars, marker=_solid(BAD))
+    figure.update_yaxes(range=[0, 1.1 * float(np.nanmax(bars["y"], initial=1))])
     figure.update_xaxes(range=_all_of(found, axis))
     return Plot(
         "missing",

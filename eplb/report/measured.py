@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from .rounds import rounds_of
 
 COLUMNS = 240
 """Parts that a recording is cut into, each of as many steps: so wide is a heat map at most."""
+
+MOST_GAPS = 100
+"""Gaps that are looked for: as many as may be a hundredth of a recording each."""
 
 EPISODE_STEPS = 16
 
@@ -30,7 +34,8 @@ class Measured:
         edges: float64 [columns + 1], where the columns begin and end.
         heat: int64 [columns, layers, experts], tokens by logical expert.
         load: int64 [columns, layers, ranks], tokens that the ranks got.
-        missing: int64 [columns], steps between the recorded ones that are not in the recording.
+        gaps: float64 [n, 2], from when to when long times without steps lasted.
+        missing: float64 [n, 2], when how many steps were not recorded that lie between others.
         ends: float64 [episodes], when the episodes ended.
         par: float64 [episodes, layers], measured; nan where a layer had no tokens.
         steps, tokens, runs: recorded in all.
@@ -45,6 +50,7 @@ class Measured:
     edges: np.ndarray
     heat: np.ndarray
     load: np.ndarray
+    gaps: np.ndarray
     missing: np.ndarray
     ends: np.ndarray
     par: np.ndarray
@@ -69,11 +75,21 @@ class Measured:
         chosen = self.par[(self.ends >= since) & (self.ends < until)]
         return float(np.nanmean(chosen)) if (~np.isnan(chosen)).any() else float("nan")
 
-    def per_column(self, seconds: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """float64 [columns]: how many instants lie in each column, or the sum of their weights."""
-        column = np.searchsorted(self.edges, seconds, "right") - 1
-        column = np.clip(column, 0, len(self.missing) - 1)
-        return np.bincount(column, weights, len(self.missing)).astype(float)
+    def cells(self, edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`values` [n, ...] of the parts between `edges` [n + 1], cut where gaps begin and end.
+
+        Returns:
+            (float64 [m + 1], float64 [m, ...]); nan where there were no steps.
+        """
+        inner = self.gaps[(self.gaps[:, 0] > edges[0]) & (self.gaps[:, 1] < edges[-1])]
+        cut = np.unique(np.concatenate([edges, inner.ravel()]))
+        middle = (cut[1:] + cut[:-1]) / 2
+        source = np.searchsorted(edges, middle, "right") - 1
+        found = values[source].astype(float)
+        found[((middle[:, None] > inner[:, 0]) & (middle[:, None] < inner[:, 1])).any(axis=1)] = (
+            np.nan
+        )
+        return cut, found
 
 
 class _Sums:
@@ -83,7 +99,8 @@ class _Sums:
         shape = recording.layers, recording.ranks
         self.heat = np.zeros((columns, recording.layers, recording.experts), np.int64)
         self.load = np.zeros((columns, *shape), np.int64)
-        self.missing = np.zeros(columns, np.int64)
+        self.missing: list[tuple[float, int]] = []
+        self.gaps: list[tuple[float, float, float]] = []
         self.edges = np.full(columns + 1, np.nan)
         self.ends: list[float] = []
         self.par: list[np.ndarray] = []
@@ -98,10 +115,13 @@ class _Sums:
 
     def add(self, column: int, step: RecordedStep) -> None:
         """Count `step`, in its column and its episode."""
-        seconds = self.clock.see(step.run, step.time_ns)
+        before, seconds = self.clock.end, self.clock.see(step.run, step.time_ns)
+        heapq.heappush(self.gaps, (seconds - before, before, seconds))
+        if len(self.gaps) > MOST_GAPS:
+            heapq.heappop(self.gaps)
         if np.isnan(self.edges[column]):
             self.edges[column] = seconds
-        self._count(column, step)
+        self._count(seconds, step)
         load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2, dtype=np.int64)
         self.load[column] += load
         if step.placement is None:
@@ -114,14 +134,16 @@ class _Sums:
         if self._filled >= self._episode_steps:
             self._close_episode(seconds)
 
-    def _count(self, column: int, step: RecordedStep) -> None:
+    def _count(self, seconds: float, step: RecordedStep) -> None:
         self.steps += step.span
         self.tokens += step.tokens
         if step.run not in self.runs:
             self.runs.add(step.run)
             self._episode[:] = self._filled = 0
         elif self._before is not None:
-            self.missing[column] += max(0, step.step - step.span - self._before[1])
+            missing = step.step - step.span - self._before[1]
+            if missing > 0:
+                self.missing.append((seconds, missing))
         self._before = step.run, step.step
 
     def _close_episode(self, seconds: float) -> None:
@@ -155,7 +177,8 @@ def measure(recording: Recording, watched: Watched) -> Measured:
         edges=_rising(sums.edges, sums.clock.end),
         heat=sums.heat,
         load=sums.load,
-        missing=sums.missing,
+        gaps=_long(sums.gaps, sums.clock.end, count),
+        missing=np.array(sums.missing, float).reshape(-1, 2),
         ends=np.array(sums.ends),
         par=np.array(sums.par).reshape(-1, recording.layers),
         steps=sums.steps,
@@ -167,6 +190,13 @@ def measure(recording: Recording, watched: Watched) -> Measured:
         episode_steps=episode_steps,
         clock=sums.clock,
     )
+
+
+def _long(gaps: list[tuple[float, float, float]], end: float, count: int) -> np.ndarray:
+    """Those of a hundredth of the recording, and of ten mean steps, in the order of time."""
+    least = max(end / 100, 10 * end / count)
+    long = sorted((begin, until) for length, begin, until in gaps if length > least)
+    return np.array(long, float).reshape(-1, 2)
 
 
 def _rising(edges: np.ndarray, end: float) -> np.ndarray:

@@ -157,7 +157,7 @@ def headlines(recording: Recording, found: Measured) -> dict[str, str]:
         "rounds aborted": f"{len(rounds) - len(committed):,}",
         "slots moved": f"{moves:,}",
         "moved between ranks": f"{committed['received_bytes'].sum() / 2**20:,.1f} MiB",
-        "steps not recorded": f"{int(found.missing.sum()):,}",
+        "steps not recorded": f"{int(found.missing[:, 1].sum()):,}",
         "records lost": f"{recording.lost:,}",
         "dropped by a slow disk": f"{recording.dropped:,}",
         "chunks missing": f"{len(recording.missing):,}",

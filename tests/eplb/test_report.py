@@ -64,7 +64,7 @@ def test_heat_and_loads_are_summed_by_column(folder, monkeypatch):
     assert (found.load == np.reshape(loads, (4, 10, 2, RANKS)).sum(axis=1)).all()
     assert found.edges == pytest.approx([0, 10e-6, 20e-6, 30e-6, 39e-6])
     assert (found.steps, found.tokens, found.runs, found.unplaced) == (40, 7 * 820, 1, 0)
-    assert found.missing.tolist() == [0] * 4
+    assert found.missing.shape == (0, 2)
 
 
 def test_par_is_that_of_episodes_of_the_settings_steps(tmp_path):
@@ -98,9 +98,29 @@ def test_steps_that_are_not_recorded_are_counted_where_they_are_missing(tmp_path
     one.close()
     write(tmp_path, 2, first=100)  # another run: its numbers begin anew
     found = measure(Recording(tmp_path), passed)
-    assert found.missing.tolist() == [0, 0, 2, 0, 0, 0]
+    assert found.missing == pytest.approx(np.array([[5e-6, 2]]))
     assert found.unplaced == 5
     assert found.runs == 2
+
+
+def test_long_times_without_steps_are_blank(tmp_path):
+    one = Recorder(tmp_path, HEADER, 1 << 30)
+    one.placement(0, FIRST)
+    for number in (*range(1, 21), *range(221, 241)):  # 200 steps' time after the 20th
+        one.step(step(number))
+    one.close()
+    found = measure(Recording(tmp_path), passed)
+    assert found.gaps == pytest.approx(np.array([[19e-6, 220e-6]]))
+    edges, cells = found.cells(np.array([0, 10e-6, 230e-6, 239e-6]), np.array([[1], [2], [3]]))
+    assert edges == pytest.approx([0, 10e-6, 19e-6, 220e-6, 230e-6, 239e-6])
+    assert cells[:, 0] == pytest.approx([1, 2, np.nan, 2, 3], nan_ok=True)
+    even = measure(written_evenly(tmp_path / "even"), passed)
+    assert even.gaps.shape == (0, 2)
+
+
+def written_evenly(folder):
+    write(folder, 40)
+    return Recording(folder)
 
 
 def test_rounds_are_put_together_from_what_the_ranks_logged(folder):
