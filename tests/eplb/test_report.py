@@ -103,7 +103,9 @@ def test_steps_that_are_not_recorded_are_counted_where_they_are_missing(tmp_path
     assert found.runs == 2
 
 
-def test_long_times_without_steps_are_blank(tmp_path):
+@pytest.mark.parametrize("most", [1, 100])
+def test_long_times_without_steps_are_blank(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(measured_module, "MOST_GAPS", most)
     one = Recorder(tmp_path, HEADER, 1 << 30)
     one.placement(0, FIRST)
     for number in (*range(1, 21), *range(221, 241)):  # 200 steps' time after the 20th
