@@ -61,14 +61,9 @@ class Tap(NoRecorder):
         """See `NoRecorder`."""
         told = self._told
         told[Planned.PLANS] += 1
-        told[Planned.MOVES] += sum(len(part.moves) for part in rounds)
         told[Planned.PLANNING_NS] += int(seconds * 1e9)
         longest = max(told[Planned.LONGEST_PLANNING_NS], int(seconds * 1e9))
         told[Planned.LONGEST_PLANNING_NS] = longest
-
-    def ended(self, number: int, committed: bool) -> None:
-        """See `NoRecorder`."""
-        self._told[Planned.COMMITTED if committed else Planned.GIVEN_UP] += 1
 
     def lost(self, records: int) -> None:
         """See `NoRecorder`."""
