@@ -45,8 +45,8 @@ def plan(
 ) -> None:
     """Plan an initial placement from recorded heat, or see what redundant experts would win.
 
-    The policy, episodes and all else are those of the EPLB_ variables; EPLB_EFFORT is thorough
-    unless it is set. EPLB_INITIAL_PLACEMENT loads the map.
+    The policy, episodes and all else are those of the EPLB_ variables.
+    EPLB_EFFORT is thorough unless it is set; EPLB_INITIAL_PLACEMENT loads the map.
 
     Example: eplb plan recording -o map.json
 

@@ -86,7 +86,7 @@ class Report:
         """
         table = Table(title="Plan")
         table.add_column("", no_wrap=True)
-        headings = ["slots per rank", "PAR of steps", "held out", "PAR of episodes", "held out"]
+        headings = ["slots per rank", "step PAR", "held out", "episode PAR", "held out"]
         headings += ["step time", *["memory per rank"] * (layer_bytes is not None)]
         for heading in headings:
             table.add_column(heading, justify="right")

@@ -22,15 +22,16 @@ class InitialPlacement:
         shape: of the engine.
 
     Attributes:
+        name: of the setting, with its value, for the log.
         wanted: int32 [layers, ranks, slots] as long as it is to be reached; then None.
     """
 
     def __init__(self, expert_map: ExpertMap | None, shape: GroupShape):
+        self.name = f"EPLB_INITIAL_PLACEMENT={expert_map.path if expert_map else ''}"
         self.wanted: np.ndarray | None = None
         self._tries = _TRIES
         if expert_map is None:
             return
-        self.name = f"EPLB_INITIAL_PLACEMENT={expert_map.path}"
         engine = (shape.layers, shape.experts, shape.ranks, shape.slots)
         if expert_map.shape == engine:
             self.wanted = expert_map.placement
