@@ -13,9 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from . import cli_replay, cli_stress
+from . import cli_plan, cli_replay, cli_stress
 from . import config as settings
-from .choice import SETTINGS_OF, choose, load, options_of, pace_of, policy_of, refusal
+from .choice import (
+    SETTINGS_OF,
+    choose,
+    load,
+    one_sentence,
+    options_of,
+    pace_of,
+    policy_of,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
@@ -47,6 +56,7 @@ def planner(
     Example: EPLB_SESSION=a eplb planner
     """
     from ..ipc.liveness import SegmentError
+    from ..planners.expert_map import read_map
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
     from ..planners.recorder import recorder_of
@@ -58,6 +68,8 @@ def planner(
         typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
     choice = choose(config.policy)
     options = options_of(config, choice)
+    with one_sentence():
+        initial = read_map(config.initial_placement) if config.initial_placement else None
 
     def make_policy(ranks: int, slots: int) -> Policy:
         return policy_of(config, choice, ranks, slots, options)
@@ -78,6 +90,7 @@ def planner(
                 exit_with_engine,
                 per_node,
                 make_recorder=record,
+                initial=initial,
             )
         )
     except SegmentError as error:
@@ -230,6 +243,7 @@ def warmup() -> None:
 
 
 app.command()(cli_replay.replay)
+app.command()(cli_plan.plan)
 app.command()(cli_stress.stress)
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +9,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .choice import choose, load, options_of, pace_of, policy_of, refusal
+from .choice import (
+    choose,
+    fail,
+    load,
+    one_sentence,
+    options_of,
+    pace_of,
+    policy_of,
+    refusal,
+)
+from .heat_source import losses_of, start_of
+from .output import target_of, write_figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,15 +54,15 @@ def replay(
     """
     _check(ranks, slots_per_rank, delay, round_steps, moe_share)
     config = load()
-    target = _target(json_file)
+    target = target_of("--json", json_file)
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     choices = {name: choose(name, _BY) for name in names}
-    with _one_sentence():
+    with one_sentence():
         from ..planners.heat_file import open_heat
         from ..planners.replay import Delay, step_time
 
         source = open_heat(path)
-        start, origin = _start(source, ranks, slots_per_rank)
+        start, origin = start_of(source, ranks, slots_per_rank)
     rows = config.staging_rows or _rows_of(source)
     timing = Delay(delay, round_steps, rows)
     replays = {
@@ -67,20 +73,18 @@ def replay(
     if "static" not in replays:
         static = choose("static")
         replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
-    with _one_sentence():
+    with one_sentence():
         _play(source, replayed)
     outcomes = {name: found.outcome() for name, found in replays.items()}
     base = outcomes.get("static") or replayed[-1].outcome()
     if not base.steps:
-        _fail(
-            f"{path} has no step with tokens whose placement is known; there is nothing to replay"
-        )
+        fail(f"{path} has no step with tokens whose placement is known; there is nothing to replay")
     times = {name: step_time(found, base, moe_share) for name, found in outcomes.items()}
     _show(outcomes, times)
     for note in _notes(source, config, start, origin, timing, moe_share):
         typer.echo(note)
     if target:
-        _write(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
+        write_figures(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
 
 
 def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: float) -> None:
@@ -92,55 +96,11 @@ def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: floa
     )
     for name, value, bound in least:
         if value < bound:
-            _fail(f"{name} is {value}; it must be at least {bound}")
+            fail(f"{name} is {value}; it must be at least {bound}")
     if not 0 <= moe_share <= 1:
-        _fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
+        fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
     if bool(ranks) != bool(slots):
-        _fail("--ranks and --slots-per-rank go together; give both or none")
-
-
-def _fail(text: str) -> None:
-    typer.echo(f"eplb: {text}", err=True)
-    raise typer.Exit(2)
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """End the command with 2 and what an unfit file says."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError) as error:
-        _fail(str(error))
-
-
-def _target(json_file: str) -> Path | None:
-    """Where the figures go; refused before the work if it cannot be written."""
-    if not json_file:
-        return None
-    path = Path(json_file)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        _fail(f"--json {json_file} cannot be written; name a file in a folder that is there")
-    return path
-
-
-def _start(source: Recording | HeatFile, ranks: int, slots: int) -> tuple[np.ndarray, str]:
-    """Where the replay starts, and in words where that is from."""
-    from ..planners.recording import Recording, RecordingError
-    from ..planners.replay import linear_placement
-
-    if isinstance(source, Recording) and (
-        not ranks or (ranks, slots) == (source.ranks, source.slots)
-    ):
-        placement = source.first_placement()
-        if placement is not None:
-            return placement, "the first recorded placement"
-        ranks, slots = source.ranks, source.slots
-    if not ranks:
-        raise RecordingError("a file of counts tells no ranks: give --ranks and --slots-per-rank")
-    return (
-        linear_placement(source.layers, source.experts, ranks, slots),
-        "vLLM's placement at its start",
-    )
+        fail("--ranks and --slots-per-rank go together; give both or none")
 
 
 def _rows_of(source: Any) -> int:
@@ -208,6 +168,8 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
 def _notes(
     source: Any, config: Config, start: np.ndarray, origin: str, timing: Any, moe_share: float
 ) -> list[str]:
+    from ..planners.replay import step_time_model
+
     layers, ranks, slots = start.shape
     notes = [
         f"{layers} layers, {source.experts} experts on {ranks} ranks x {slots} slots, starting "
@@ -215,19 +177,9 @@ def _notes(
         f"{config.window_episodes} of them every {config.plan_interval}; a plan's first round "
         f"commits after {timing.first} steps, each further one of {timing.rows} rows per rank "
         f"after {timing.each}.",
-        f"Step time: {moe_share:.0%} of a step under the placement at the start is taken to be "
-        "MoE, each layer as long as its busiest rank has tokens; all else stays, and moves cost "
-        "nothing.",
+        step_time_model(moe_share, "the placement at the start"),
     ]
-    unplaced, dropped = getattr(source, "unplaced", 0), getattr(source, "dropped", 0)
-    missing = getattr(source, "missing", [])
-    if unplaced:
-        notes.append(f"{unplaced} steps are left out: their placement was not recorded.")
-    if dropped:
-        notes.append(f"{dropped} steps are not in the recording: its disk was too slow.")
-    if missing:
-        notes.append(f"{len(missing)} chunks are missing, from {missing[0]:06}.npz on.")
-    return notes
+    return [*notes, *losses_of(source)]
 
 
 def _as_json(
@@ -253,13 +205,3 @@ def _as_json(
         "settings": config.model_dump(mode="json"),
         "policies": found,
     }
-
-
-def _write(target: Path, figures: dict[str, Any]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        _fail(f"--json {target} cannot be written: {error}")

@@ -321,6 +321,7 @@ def recorder_of(folder: str, most_mb: int, session: str, settings: dict[str, Any
             "ranks": shape.ranks,
             "slots": shape.slots,
             "staging_rows": shape.staging_rows,
+            "row_bytes": list(shape.row_bytes),
             "settings": settings,
         }
         return Recorder(folder, header, most_mb << 20)

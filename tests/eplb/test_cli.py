@@ -350,7 +350,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", ["planner", "config", "status", "clean", "replay", "demo", "warmup", "version"]
+    "command",
+    ["planner", "config", "status", "clean", "plan", "replay", "demo", "warmup", "version"],
 )
 def test_every_command_explains_itself(command):
     result = eplb(command, "--help")

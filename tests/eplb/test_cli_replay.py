@@ -195,7 +195,7 @@ def test_figures_that_cannot_be_written_leave_nothing(heat, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flash_eplb.eplb.cli_replay.os.replace", full)
+    monkeypatch.setattr("flash_eplb.eplb.output.os.replace", full)
     result = replay(heat, *SHAPE, "--policy", "static", "--json", tmp_path / "x")
     assert result.exit_code == 2
     assert result.stderr == (
