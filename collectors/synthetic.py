@@ -196,6 +196,30 @@ class Noise:
 
 
 @njit(cache=True)
+def _even_out(counts, share, left, tokens, start):  # type: ignore[no-untyped-def]
+    """Add `left` tokens to a layer's counts, by share, or take -`left` away, by count; evenly
+    spaced picks from `start` (in [0, 1)) on, so that no expert is favoured."""
+    count = abs(left)
+    if not count:
+        return
+    done = 0
+    total = 0.0
+    for expert in range(len(counts)):
+        there = counts[expert]
+        total += share[expert] if left > 0 else there / (tokens - left)
+        while done < count and (done + start) / count < total and (left > 0 or there > 0):
+            there += 1 if left > 0 else -1
+            done += 1
+        counts[expert] = there
+    expert = 0
+    while done < count:  # rounding has left one out
+        if (left > 0 and share[expert] > 0) or (left < 0 and counts[expert] > 0):
+            counts[expert] += 1 if left > 0 else -1
+            done += 1
+        expert = (expert + 1) % len(counts)
+
+
+@njit(cache=True)
 def draw(share, tokens, uniform, normal, first, counts):  # type: ignore[no-untyped-def]
     """Write a step's tokens of each expert into `counts` (int64 [layers, experts]).
 
@@ -229,18 +253,8 @@ def draw(share, tokens, uniform, normal, first, counts):  # type: ignore[no-unty
                     below += chance
             counts[layer, expert] = count
             left -= count
-        expert = int(uniform[at] * experts)
-        while left != 0:  # a few by rank of the expert, so that the row's sum is right
-            step = max(1, abs(left) // experts)
-            if left > 0:
-                if share[layer, expert] > 0:
-                    counts[layer, expert] += step
-                    left -= step
-            elif counts[layer, expert] > 0:
-                step = min(step, counts[layer, expert])
-                counts[layer, expert] -= step
-                left += step
-            expert = (expert + 1) % experts
+        at = (at + 1) & mask
+        _even_out(counts[layer], share[layer], left, tokens, uniform[at])
     return at
 
 

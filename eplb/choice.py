@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -34,6 +36,21 @@ def load(**overrides: Any) -> settings.Config:
     except settings.ConfigError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def fail(text: str) -> NoReturn:
+    """End the command with 2 and a sentence."""
+    typer.echo(f"eplb: {text}", err=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """End the command with 2 and what an unfit file says."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        fail(str(error))
 
 
 def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:

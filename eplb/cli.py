@@ -6,19 +6,29 @@ import asyncio
 import contextlib
 import logging
 import signal
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from . import cli_record, cli_replay, cli_report, cli_stress
+from . import cli_plan, cli_record, cli_replay, cli_report, cli_stress
 from . import config as settings
-from .choice import SETTINGS_OF, choose, load, options_of, pace_of, policy_of, refusal
+from .choice import (
+    SETTINGS_OF,
+    choose,
+    load,
+    one_sentence,
+    options_of,
+    pace_of,
+    policy_of,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
+    from ..planners.recorder import MakeRecorder
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -47,8 +57,6 @@ def planner(
     Example: EPLB_SESSION=a eplb planner
     """
     from ..ipc.liveness import SegmentError
-    from ..planners.planner import Planner
-    from ..planners.policy import PolicyError
     from ..planners.recorder import recorder_of
     from .logs import configure
 
@@ -56,49 +64,59 @@ def planner(
     configure(config.log_level)
     for name in settings.unknown_variables():
         typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
+    record = recorder_of(
+        config.record, config.record_mb, config.session, config.model_dump(mode="json")
+    )
+    try:
+        run_planner(config, record, exit_with_engine)
+    except SegmentError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine: bool) -> None:
+    """Plan, on uvloop, until SIGINT or SIGTERM comes or, if so asked, the engine is gone.
+
+    The command ends with 2 if policy or initial placement cannot be used.
+
+    Raises:
+        SegmentError: another planner is there, or a limit is in the way.
+    """
+    import uvloop
+
+    from ..planners.expert_map import read_map
+    from ..planners.planner import Planner
+    from ..planners.policy import PolicyError
+
     choice = choose(config.policy)
     options = options_of(config, choice)
+    with one_sentence():
+        initial = read_map(config.initial_placement) if config.initial_placement else None
 
     def make_policy(ranks: int, slots: int) -> Policy:
         return policy_of(config, choice, ranks, slots, options)
 
-    pace = pace_of(config)
-    try:
-        log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
-        compile_kernels(choice)
-        per_node = config.ranks_per_node or None
-        record = recorder_of(
-            config.record, config.record_mb, config.session, config.model_dump(mode="json")
+    async def serve() -> None:
+        planner = Planner(
+            config.session,
+            make_policy,
+            pace_of(config),
+            exit_with_engine,
+            config.ranks_per_node or None,
+            make_recorder=record,
+            initial=initial,
         )
-        _run(
-            lambda: Planner(
-                config.session,
-                make_policy,
-                pace,
-                exit_with_engine,
-                per_node,
-                make_recorder=record,
-            )
-        )
-    except SegmentError as error:
-        typer.echo(f"eplb: {error}", err=True)
-        raise typer.Exit(1) from None
-    except PolicyError as error:
-        raise refusal(error) from None
-
-
-def _run(make_planner: Any) -> None:
-    """Run a planner on uvloop until it ends or SIGINT or SIGTERM comes."""
-    import uvloop
-
-    async def main() -> None:
-        planner = make_planner()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, planner.stop)
         await planner.run()
 
-    uvloop.run(main())
+    try:
+        log.info("compiling kernels, policy %s (a minute the first time)", choice.name)
+        compile_kernels(choice)
+        uvloop.run(serve())
+    except PolicyError as error:
+        raise refusal(error) from None
 
 
 def compile_kernels(choice: Choice | None = None) -> None:
@@ -233,6 +251,7 @@ def warmup() -> None:
 app.command()(cli_record.record)
 app.command()(cli_replay.replay)
 app.command()(cli_report.report)
+app.command()(cli_plan.plan)
 app.command()(cli_stress.stress)
 
 

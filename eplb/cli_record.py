@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .choice import load
-from .output import fail
+from .choice import fail, load
 
 if TYPE_CHECKING:
     from ..planners.follower import Follower

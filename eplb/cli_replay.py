@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import output
-from .choice import choose, load, options_of, pace_of, policy_of, refusal
-from .output import fail
+from .choice import (
+    choose,
+    fail,
+    load,
+    one_sentence,
+    options_of,
+    pace_of,
+    policy_of,
+    refusal,
+)
+from .heat_source import losses_of, start_of
+from .output import target_of, write_figures
 from .progress import watched
 
 if TYPE_CHECKING:
@@ -48,15 +54,15 @@ def replay(
     """
     _check(ranks, slots_per_rank, delay, round_steps, moe_share)
     config = load()
-    target = output.target("--json", json_file) if json_file else None
+    target = target_of("--json", json_file)
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     choices = {name: choose(name, _BY) for name in names}
-    with _one_sentence():
+    with one_sentence():
         from ..planners.heat_file import open_heat
         from ..planners.replay import Delay, step_time
 
         source = open_heat(path)
-        start, origin = _start(source, ranks, slots_per_rank)
+        start, origin = start_of(source, ranks, slots_per_rank)
     rows = config.staging_rows or _rows_of(source)
     timing = Delay(delay, round_steps, rows)
     replays = {
@@ -67,7 +73,7 @@ def replay(
     if "static" not in replays:
         static = choose("static")
         replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
-    with _one_sentence():
+    with one_sentence():
         _play(source, replayed)
     outcomes = {name: found.outcome() for name, found in replays.items()}
     base = outcomes.get("static") or replayed[-1].outcome()
@@ -78,8 +84,7 @@ def replay(
     for note in _notes(source, config, start, origin, timing, moe_share):
         typer.echo(note)
     if target:
-        figures = _as_json(path, outcomes, times, start, timing, moe_share, config)
-        output.write("--json", target, json.dumps(figures, indent=1) + "\n")
+        write_figures(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
 
 
 def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: float) -> None:
@@ -96,35 +101,6 @@ def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: floa
         fail(f"--moe-share is {moe_share}; it must be from 0 to 1")
     if bool(ranks) != bool(slots):
         fail("--ranks and --slots-per-rank go together; give both or none")
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """End the command with 2 and what an unfit file says."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError) as error:
-        fail(str(error))
-
-
-def _start(source: Recording | HeatFile, ranks: int, slots: int) -> tuple[np.ndarray, str]:
-    """Where the replay starts, and in words where that is from."""
-    from ..planners.recording import Recording, RecordingError
-    from ..planners.replay import linear_placement
-
-    if isinstance(source, Recording) and (
-        not ranks or (ranks, slots) == (source.ranks, source.slots)
-    ):
-        placement = source.first_placement()
-        if placement is not None:
-            return placement, "the first recorded placement"
-        ranks, slots = source.ranks, source.slots
-    if not ranks:
-        raise RecordingError("a file of counts tells no ranks: give --ranks and --slots-per-rank")
-    return (
-        linear_placement(source.layers, source.experts, ranks, slots),
-        "vLLM's placement at its start",
-    )
 
 
 def _rows_of(source: Any) -> int:
@@ -187,6 +163,8 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
 def _notes(
     source: Any, config: Config, start: np.ndarray, origin: str, timing: Any, moe_share: float
 ) -> list[str]:
+    from ..planners.replay import step_time_model
+
     layers, ranks, slots = start.shape
     notes = [
         f"{layers} layers, {source.experts} experts on {ranks} ranks x {slots} slots, starting "
@@ -194,19 +172,9 @@ def _notes(
         f"{config.window_episodes} of them every {config.plan_interval}; a plan's first round "
         f"commits after {timing.first} steps, each further one of {timing.rows} rows per rank "
         f"after {timing.each}.",
-        f"Step time: {moe_share:.0%} of a step under the placement at the start is taken to be "
-        "MoE, each layer as long as its busiest rank has tokens; all else stays, and moves cost "
-        "nothing.",
+        step_time_model(moe_share, "the placement at the start"),
     ]
-    unplaced, dropped = getattr(source, "unplaced", 0), getattr(source, "dropped", 0)
-    missing = getattr(source, "missing", [])
-    if unplaced:
-        notes.append(f"{unplaced} steps are left out: their placement was not recorded.")
-    if dropped:
-        notes.append(f"{dropped} steps are not in the recording: its disk was too slow.")
-    if missing:
-        notes.append(f"{len(missing)} chunks are missing, from {missing[0]:06}.npz on.")
-    return notes
+    return [*notes, *losses_of(source)]
 
 
 def _as_json(

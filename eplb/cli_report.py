@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import fail, target, write
+from .choice import fail, one_sentence
+from .output import target_of, write_text
 from .progress import watched
 
 if TYPE_CHECKING:
@@ -36,11 +37,10 @@ def report(
     Example: eplb report recording -o report.html --trace trace.json
     """
     output = output or ("" if trace else _PAGE)
-    page = target("-o", output) if output else None
-    timeline = target("--trace", trace) if trace else None
+    page, timeline = target_of("-o", output), target_of("--trace", trace)
     if page is not None:
         _need_plotly()
-    try:
+    with one_sentence():
         from ..planners.recording import Recording
 
         recording = Recording(folder)
@@ -48,8 +48,6 @@ def report(
             _write_page(recording, page, title or f"Expert balance: {Path(folder).resolve().name}")
         if timeline is not None:
             _write_trace(recording, timeline)
-    except (ValueError, OSError, MemoryError) as error:
-        fail(str(error))
 
 
 def _need_plotly() -> None:
@@ -65,7 +63,7 @@ def _write_page(recording: Recording, path: Path, title: str) -> None:
 
     found = measure(recording, functools.partial(watched, what="reading"))
     text = page(title, recording, found)
-    write("-o", path, text)
+    write_text("-o", path, text)
     typer.echo(f"{path}: {found.steps} steps, {len(text.encode()) / 2**20:.1f} MiB")
 
 
@@ -73,7 +71,9 @@ def _write_trace(recording: Recording, path: Path) -> None:
     from .report.trace import trace_of
 
     found = trace_of(recording, functools.partial(watched, what="tracing"))
-    write("--trace", path, json.dumps(found.content, separators=(",", ":"), allow_nan=False) + "\n")
+    write_text(
+        "--trace", path, json.dumps(found.content, separators=(",", ":"), allow_nan=False) + "\n"
+    )
     left = found.steps - found.holds
     older = f"; {left} older steps are left out" if left else ""
     typer.echo(f"{path}: spans of {found.holds} steps{older}; open it at ui.perfetto.dev")

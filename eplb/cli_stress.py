@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .choice import load
+from .choice import fail, load, one_sentence
+from .output import target_of, write_figures
 
 if TYPE_CHECKING:
     from .config import Config
@@ -64,12 +64,10 @@ def stress(
     names = list(FAULTS) if faults in ("all", "random") else [f for f in faults.split(",") if f]
     for name in names:
         if name not in FAULTS:
-            _fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
+            fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
     given = (layers, experts, ranks, slots, tokens, top_k, steps_per_second, seconds, steps)
     _check(*given, patience)
-    target = Path(json_file) if json_file else None
-    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
-        _fail(f"--json {json_file} cannot be written; name a file in a folder that is there")
+    target = target_of("--json", json_file)
     config = load(session=os.environ.get("EPLB_SESSION", f"stress-{os.getpid()}"))
     folder, code = tempfile.mkdtemp(prefix="eplb-stress-"), 0
     try:
@@ -87,11 +85,6 @@ def stress(
         else:
             shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
-
-
-def _fail(text: str) -> NoReturn:
-    typer.echo(f"eplb: {text}", err=True)
-    raise typer.Exit(2)
 
 
 def _check(
@@ -120,7 +113,7 @@ def _check(
     )
     for name, value, low, high in bounds:
         if not low <= value <= high:
-            _fail(f"{name} is {value}; it must be from {low} to {high}")
+            fail(f"{name} is {value}; it must be from {low} to {high}")
 
 
 def _setup(
@@ -142,13 +135,11 @@ def _setup(
 
     layers, experts, ranks, slots = shape
     if scenario.startswith(REPLAY):
-        try:
+        with one_sentence():
             layers, experts = recorded(scenario.removeprefix(REPLAY)).shape[1:]
-        except (ValueError, OSError) as error:
-            _fail(str(error))
         scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
     elif scenario not in SCENARIOS:
-        _fail(f"--scenario is {scenario!r}; there are {', '.join(SCENARIOS)} and replay:FILE")
+        fail(f"--scenario is {scenario!r}; there are {', '.join(SCENARIOS)} and replay:FILE")
     slots = slots or min(experts, -(-experts // ranks) + 2)
     hosts = ranks if weights else min(ranks, max(2, os.cpu_count() or 2))
     setup = Setup(
@@ -158,9 +149,9 @@ def _setup(
     try:
         check_shape(setup.group_shape(config))
     except ShapeError as error:
-        _fail(f"{error}; change --experts, --ranks or --slots")
+        fail(f"{error}; change --experts, --ranks or --slots")
     if weights and ranks > 16:
-        _fail(f"--weights starts a process for each rank; --ranks is {ranks}, at most 16")
+        fail(f"--weights starts a process for each rank; --ranks is {ranks}, at most 16")
     return setup
 
 
@@ -179,13 +170,13 @@ def _check_limits(setup: Setup, config: Config) -> None:
         check_memory(setup.ranks, *_bytes(setup, config), config.ring_steps)
         check_files(2 * setup.ranks + 32, "the stress")
     except LimitError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _again_in_private(setup: Setup, config: Config) -> NoReturn:
     """Start this command again where /dev/shm is a small one of its own."""
     if subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
-        _fail(
+        fail(
             "shm-full needs a mount namespace of its own and `unshare --mount` is refused here; "
             "run as root, in a container with CAP_SYS_ADMIN, or name the other --faults"
         )
@@ -228,7 +219,7 @@ def _run(
     notes = [limit(outcome, setup, os.cpu_count() or 1)]
     show_verdicts(console, found, notes)
     if target:
-        _write(target, _as_json(setup, config, outcome, found, notes))
+        write_figures(target, _as_json(setup, config, outcome, found, notes))
     if any(verdict.holds is False for verdict in found):
         return 1
     return 130 if outcome.interrupted else 0
@@ -260,16 +251,6 @@ def _as_json(
         "notes": notes,
         **figures,
     }
-
-
-def _write(target: Path, figures: dict[str, Any]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        _fail(f"--json {target} cannot be written: {error}")
 
 
 def _list() -> None:

@@ -98,6 +98,10 @@ class Config(BaseSettings):
         description="steps from one live expert whose digest is checked to the next; 0: never",
     )
     ring_steps: int = Field(256, ge=8, le=65536, description="steps that the heat ring holds")
+    initial_placement: str = Field(
+        "",
+        description="expert map (JSON) that the planner brings a new engine to; empty: none",
+    )
     record: str = Field(
         "", description="folder that the planner records heat and plans in; empty: none"
     )
@@ -155,6 +159,8 @@ def allowed(name: str) -> str:
         return "auto, gloo, nccl, hccl or engine"
     if name == "record":
         return "the path of a folder, or nothing"
+    if name == "initial_placement":
+        return "the path of a file, or nothing"
     if name == "effort":
         return "fast, balanced or thorough"
     if name == "policy":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from ..ipc.status import Field, State
 from . import guard
 from .delivery import Delivery, Progress
 from .episodes import EpisodeWindow
+from .expert_map import ExpertMap
 from .group import Group
 from .guard import Guard, Proposal
+from .initial import InitialPlacement
 from .policy import Policy
 from .recorder import NoRecorder
 from .step_heat import StepHeat
@@ -54,6 +57,8 @@ class EngineLoop:
         ranks_per_node: consecutive ranks that share a node, from which experts are taken first;
             None if all do.
         recorder: told of what is read and done; None records nothing.
+        initial: placement that an engine is brought to before any heat is planned on, if it has
+            committed nothing yet.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class EngineLoop:
         wake: Callable[[], None],
         ranks_per_node: int | None = None,
         recorder: NoRecorder | None = None,
+        initial: ExpertMap | None = None,
     ):
         shape = group.shape
         self._group = group
@@ -102,6 +108,7 @@ class EngineLoop:
             shape.slots,
         )
         _check_nodes(shape.ranks, ranks_per_node or shape.ranks)
+        self._initial = InitialPlacement(initial, shape)
 
     def turn(self) -> None:
         """Once per bell: take the heat, follow the plan under way, or begin the next one."""
@@ -151,6 +158,9 @@ class EngineLoop:
             if not self._resumed:
                 self._resumed = True
                 log.info("resuming from epoch %d of the placement boards", board[0])
+                self._initial.resume(board[0])
+                if self._initial.wanted is not None:
+                    self._next_plan = 0
             self._epoch, self._placement = board
             self._learn(*board)
 
@@ -189,15 +199,24 @@ class EngineLoop:
     def _begin_plan(self) -> None:
         self._read_boards()
         self._planned_from = self._epoch
-        self._next_plan = self._window.count + self._pace.plan_interval
-        self._planning = self._executor.submit(
-            self._propose, self._window.heat(), self._placement, self._group.free_rows()
-        )
+        self._plan_later()
+        rows = self._group.free_rows()
+        make: Callable[[], Proposal | None]
+        if self._initial.wanted is None:
+            make = partial(self._guard.propose, self._window.heat(), self._placement, rows)
+        else:
+            make = partial(self._guard.reach, self._initial.wanted, self._placement, rows)
+        self._planning = self._executor.submit(self._timed, make)
         self._planning.add_done_callback(lambda _: self._wake())
 
-    def _propose(self, heat: np.ndarray, placement: np.ndarray, rows: int) -> Proposal | None:
+    def _plan_later(self) -> None:
+        """The next plan comes an interval from now, and not before there is heat to plan on."""
+        later = self._window.count + self._pace.plan_interval
+        self._next_plan = max(self._pace.min_episodes, later)
+
+    def _timed(self, make: Callable[[], Proposal | None]) -> Proposal | None:
         begun = time.monotonic()
-        proposal = self._guard.propose(heat, placement, rows)
+        proposal = make()
         self._planning_seconds = time.monotonic() - begun
         return proposal
 
@@ -212,9 +231,8 @@ class EngineLoop:
         if proposal is None:
             return
         plan, rounds = proposal
-        observed = self._window.observed_par(self._pace.plan_interval)
         if not plan:
-            self._say_quiet(observed)
+            self._say_quiet()
             return
         self._quiet_until = 0.0
         self._plans += 1
@@ -229,26 +247,41 @@ class EngineLoop:
         )
         self._sequence = self._delivery.next_sequence
         self._recorder.plan(self._plans, self._epoch, plan, rounds, self._planning_seconds)
+        self._say_sent(proposal)
+        self._follow_delivery(self._delivery)
+
+    def _say_sent(self, proposal: Proposal) -> None:
+        plan, rounds = proposal
         picked = list(plan.layers)
+        if self._initial.wanted is None:
+            why = (
+                f"PAR measured {self._observed_par():.3f}, of these layers "
+                f"{plan.par_before[picked].mean():.3f} -> {plan.par_after[picked].mean():.3f}"
+            )
+        else:
+            why = f"to {self._initial.name}"
         log.info(
-            "plan %d: %d of %d layers, %d moves in %d rounds; PAR measured %.3f, "
-            "of these layers %.3f -> %.3f",
+            "plan %d: %d of %d layers, %d moves in %d rounds; %s",
             self._plans,
             len(picked),
             self._group.shape.layers,
             sum(len(part.moves) for part in rounds),
             len(rounds),
-            observed,
-            plan.par_before[picked].mean(),
-            plan.par_after[picked].mean(),
+            why,
         )
-        self._follow_delivery(self._delivery)
 
-    def _say_quiet(self, observed: float) -> None:
+    def _observed_par(self) -> float:
+        return self._window.observed_par(self._pace.plan_interval)
+
+    def _say_quiet(self) -> None:
         """That nothing is worth a move: after a plan, and once a minute from then on."""
+        if self._initial.wanted is not None:
+            log.info("the experts are where %s wants them", self._initial.name)
+            self._initial.ended(True)
+            return
         now = time.monotonic()
         if now >= self._quiet_until:
-            log.info("PAR %.3f: no layer is worth a move", observed)
+            log.info("PAR %.3f: no layer is worth a move", self._observed_par())
             self._quiet_until = now + _QUIET_SECONDS
 
     def _follow_delivery(self, delivery: Delivery) -> None:
@@ -262,10 +295,12 @@ class EngineLoop:
         else:
             log.warning("plan %d given up: %s", self._plans, delivery.reason)
         self._recorder.ended(self._plans, progress is Progress.DONE)
+        if self._initial.wanted is not None:
+            self._initial.ended(progress is Progress.DONE)
         self._delivery = None
         self._epoch = -1
         self._read_boards()
-        self._next_plan = self._window.count + self._pace.plan_interval
+        self._plan_later()
 
 
 def _check_nodes(ranks: int, near: int) -> None:

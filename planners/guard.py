@@ -63,6 +63,20 @@ class Guard:
             log.log(self._level(error), text, error)
             return None
 
+    def reach(self, wanted: np.ndarray, placement: np.ndarray, rows: int) -> Proposal:
+        """The plan that leads to a placement that is given; its PAR are nan, for there is no heat.
+
+        Args:
+            wanted: int[layers, ranks, slots].
+            placement: int32[layers, ranks, slots], today's.
+            rows: staging rows per rank that a round may fill.
+
+        Raises:
+            PlacementError: one of the placements is not valid.
+        """
+        plan = make_plan(placement, wanted, ranks_per_node=self._ranks_per_node)
+        return Proposal(plan, plan.rounds(rows))
+
     def _level(self, error: BaseException) -> int:
         lines = traceback.walk_tb(error.__traceback__)
         reason = (type(error), *((frame.f_code, line) for frame, line in lines))

@@ -23,6 +23,7 @@ from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
+from .expert_map import ExpertMap
 from .group import Group
 from .policy import Policy
 from .recorder import MakeRecorder, NoRecorder
@@ -45,6 +46,7 @@ class Planner:
         exit_with_engine: return when the engine is gone instead of waiting for the next.
         ranks_per_node: consecutive ranks that share a node; None if all do.
         make_recorder: called with the engine's shape; None records nothing.
+        initial: placement that an engine which has committed nothing is brought to first.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Planner:
         exit_with_engine: bool = False,
         ranks_per_node: int | None = None,
         make_recorder: MakeRecorder | None = None,
+        initial: ExpertMap | None = None,
     ):
         self._session = session
         self._make_policy = make_policy
@@ -62,6 +65,7 @@ class Planner:
         self._exit_with_engine = exit_with_engine
         self._ranks_per_node = ranks_per_node
         self._make_recorder = make_recorder or (lambda shape: NoRecorder())
+        self._initial = initial
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
@@ -156,6 +160,7 @@ class Planner:
                 wake,
                 self._ranks_per_node,
                 recorder,
+                self._initial,
             )
             while not self._stopping.is_set() and group.is_alive():
                 await self._next_bell(bell)

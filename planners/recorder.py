@@ -364,6 +364,7 @@ def recorder_of(
             "ranks": shape.ranks,
             "slots": shape.slots,
             "staging_rows": shape.staging_rows,
+            "row_bytes": list(shape.row_bytes),
             "settings": settings,
         }
         return Recorder(folder, header, most_mb << 20, on_stop)

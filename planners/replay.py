@@ -213,6 +213,19 @@ def step_time(outcome: Outcome, base: Outcome, moe_share: float) -> float:
     return 1 - moe_share + moe_share * (outcome.peak / base.peak if base.peak else 1.0)
 
 
+def step_time_model(moe_share: float, base: str) -> str:
+    """What `step_time` assumes, in a sentence.
+
+    Args:
+        moe_share: as of `step_time`.
+        base: what the time is relative to, such as "the placement at the start".
+    """
+    return (
+        f"Step time: {moe_share:.0%} of a step under {base} is taken to be MoE, each layer as long "
+        "as its busiest rank has tokens; all else stays, and moves cost nothing."
+    )
+
+
 @njit(cache=True, nogil=True)
 def _rank_load(heat, placement, shares):
     """float64 [layers, ranks]: tokens of each rank for heat [layers, experts]."""

@@ -74,11 +74,8 @@ class Planned(IntEnum):
     MOST_BEHIND = 5
     """Steps that stood in the rings, unread, at most."""
     PLANS = 6
-    COMMITTED = 7
-    GIVEN_UP = 8
-    MOVES = 9
-    PLANNING_NS = 10
-    LONGEST_PLANNING_NS = 11
+    PLANNING_NS = 7
+    LONGEST_PLANNING_NS = 8
 
 
 WORDS = 16

@@ -25,7 +25,6 @@ class Sample:
         par: float [layers], of the tokens that were sent to the ranks.
         unmoved: float [layers], of the same tokens under the placement of the start.
         epoch: rounds committed.
-        plans, moves, given_up: of the planner of now.
         behind: steps that the planner has not read.
     """
 
@@ -34,9 +33,6 @@ class Sample:
     par: np.ndarray
     unmoved: np.ndarray
     epoch: int
-    plans: int
-    moves: int
-    given_up: int
     behind: int
 
 
@@ -66,17 +62,13 @@ class Meter:
             sent / self._counts, self._first.reshape(len(sent), -1).astype(np.int64), axis=1
         )
         unmoved = share.reshape(self._first.shape).sum(2)
-        planned = figures.planned
         return Sample(
             now - self._begin,
             made / passed,
             _par(arrived),
             _par(unmoved),
             self._fleet.epoch(),
-            int(planned[Planned.PLANS]),
-            int(planned[Planned.MOVES]),
-            int(planned[Planned.GIVEN_UP]),
-            max(0, steps - int(planned[Planned.STEP])),
+            max(0, steps - int(figures.planned[Planned.STEP])),
         )
 
 

@@ -5,19 +5,13 @@ Usage: python -m flash_eplb.eplb.stress.planner_process SETUP
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import sys
 from typing import TYPE_CHECKING
 
-import uvloop
-
-from ...planners.planner import Planner
-from ...planners.policy import Policy
 from ...planners.recorder import NoRecorder
-from .. import cli
-from ..choice import choose, load, options_of, pace_of, policy_of
+from ..choice import load
+from ..cli import run_planner
 from ..logs import configure
 from . import clock
 from .figures import Figures, Planned, Rank
@@ -61,48 +55,25 @@ class Tap(NoRecorder):
         """See `NoRecorder`."""
         told = self._told
         told[Planned.PLANS] += 1
-        told[Planned.MOVES] += sum(len(part.moves) for part in rounds)
         told[Planned.PLANNING_NS] += int(seconds * 1e9)
         longest = max(told[Planned.LONGEST_PLANNING_NS], int(seconds * 1e9))
         told[Planned.LONGEST_PLANNING_NS] = longest
-
-    def ended(self, number: int, committed: bool) -> None:
-        """See `NoRecorder`."""
-        self._told[Planned.COMMITTED if committed else Planned.GIVEN_UP] += 1
 
     def lost(self, records: int) -> None:
         """See `NoRecorder`."""
         self._lost = records
 
 
-async def _serve(make: type, *arguments: object) -> None:
-    planner = make(*arguments)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, planner.stop if number == signal.SIGTERM else lambda: None)
-    await planner.run()
-
-
 def main() -> None:
     """See the module."""
     end_with(os.getppid())
-    setup = decoded(sys.argv[1])
-    figures = setup.figures()
+    figures = decoded(sys.argv[1]).figures()
     figures.planned[:] = 0
     figures.planned[Planned.PID] = os.getpid()
     config = load()
     configure(config.log_level)
-    choice = choose(config.policy)
-    options = options_of(config, choice)
-    cli.compile_kernels(choice)
     clock.inject(figures.order)
-
-    def make_policy(ranks: int, slots: int) -> Policy:
-        return policy_of(config, choice, ranks, slots, options)
-
-    near = config.ranks_per_node or None
-    arguments = (config.session, make_policy, pace_of(config), False, near, lambda _: Tap(figures))
-    uvloop.run(_serve(Planner, *arguments))
+    run_planner(config, lambda _: Tap(figures), exit_with_engine=False)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class Outcome:
         lost: records that the planner did not read in time, but for those of faults.
         behind, most_behind: steps that the planner had not read: at the end, and at most.
         shares: cores used; see `measure.Clock`.
-        plans, planning_seconds, longest_planning: of the last planner.
+        plans: of all planners.
+        planning_seconds, longest_planning: of the last one.
         agree: whether all boards show the same valid placement at the end.
         left: names that were left in shared memory.
         trouble: what ended the stress before its time.
@@ -151,6 +152,7 @@ class Stress:
             outcome.interrupted = True
         except (FleetError, TrialError) as error:
             outcome.trouble = str(error)
+            self._count()
         finally:
             self._fleet.close()
             outcome.left = segment_names(self._setup.session)
@@ -255,7 +257,7 @@ class Stress:
         outcome.steps = trial.past_steps + self._fleet.steps()
         outcome.lost = max(0, trial.told(Planned.LOST) + trial.lost_before - trial.excused)
         outcome.most_behind = trial.told(Planned.MOST_BEHIND)
-        outcome.plans = trial.told(Planned.PLANS)
+        outcome.plans = trial.plans_before + trial.told(Planned.PLANS)
         outcome.planning_seconds = trial.told(Planned.PLANNING_NS) * 1e-9
         outcome.longest_planning = trial.told(Planned.LONGEST_PLANNING_NS) * 1e-9
 

@@ -41,7 +41,8 @@ class Trial:
             `figures.Rank`, and steps.
         stopped: whether a fault keeps ranks from stepping just now.
         excess: PAR - 1 as it was measured last.
-        lost_before: records that planners before this one did not read in time.
+        plans_before: of the planners before this one.
+        lost_before: records that they did not read in time.
         excused: those of them, and of this one's, that a fault kept it from reading.
         chance: for what the faults choose.
     """
@@ -53,7 +54,7 @@ class Trial:
         self.books = Books()
         self.stopped = False
         self.excess = 0.0
-        self.lost_before = self.excused = 0
+        self.lost_before = self.plans_before = self.excused = 0
         self.chance = random.Random(seed)
         self.audit: Audit | None = None
         self.past = dict.fromkeys(Field, 0)
@@ -81,6 +82,7 @@ class Trial:
     def kill_planner(self) -> None:
         """SIGKILL, wherever it is."""
         self.lost_before += self.told(Planned.LOST)
+        self.plans_before += self.told(Planned.PLANS)
         self.fleet.kill_planner()
 
     def total(self, field: Field) -> int:

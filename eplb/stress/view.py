@@ -113,7 +113,7 @@ class LiveView:
             ("PAR", f"{sample.par.mean():.3f}"),
             ("unmoved", f"{sample.unmoved.mean():.3f}"),
             ("planner behind", f"{sample.behind} steps"),
-            ("plans", f"{sample.plans}"),
+            ("plans", f"{outcome.plans}"),
             ("commits", f"{outcome.commits}"),
             ("moves", f"{outcome.moves}"),
             ("dropped", f"{outcome.aborted}"),

@@ -160,10 +160,16 @@ def test_a_policy_that_cannot_be_made_for_the_engine_ends_the_planner(
 def test_the_size_of_a_node_reaches_the_planner(environment):
     environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
     environment.setattr("flash_eplb.eplb.cli.compile_kernels", lambda choice: None)
-    environment.setattr("flash_eplb.eplb.cli._run", lambda make: made.append(make()))
-    environment.setattr(
-        "flash_eplb.planners.planner.Planner", lambda *arguments, **_: arguments[-1]
-    )
+
+    class Seen:
+        def __init__(self, *arguments, **_):
+            made.append(arguments[-1])
+
+        async def run(self): ...
+
+        def stop(self): ...
+
+    environment.setattr("flash_eplb.planners.planner.Planner", Seen)
     made = []
     for value in ("0", "8"):
         environment.setenv("EPLB_RANKS_PER_NODE", value)
@@ -356,6 +362,7 @@ def test_version():
         "config",
         "status",
         "clean",
+        "plan",
         "replay",
         "record",
         "report",

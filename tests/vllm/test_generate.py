@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -10,6 +11,10 @@ from conftest import SETTINGS, assert_nothing_left
 
 from flash_eplb.eplb.demo.traffic import differences
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
+from flash_eplb.planners.expert_map import encode_map
+from flash_eplb.planners.plan import make_plan
+from flash_eplb.planners.recording import Recording
+from flash_eplb.planners.replay import linear_placement
 
 MUTATION = """
 def register():
@@ -64,6 +69,33 @@ def test_tokens_are_the_same_with_five_commits_and_five_after_a_reload(
     assert ours.commits >= commits + 5, ours.log[-5000:]
     assert "experts are back where vLLM writes weights" in ours.log
     assert "weights updated, balancing goes on" in ours.log
+    assert_nothing_left(session)
+
+
+def test_an_engine_is_brought_to_an_expert_map_and_stays_there(
+    generate, reference, session, tmp_path
+):
+    start = linear_placement(4, 16, 2, 10)
+    wanted = np.stack([np.roll(layer, n, axis=1)[::-1] for n, layer in enumerate(start)])
+    path = tmp_path / "map.json"
+    path.write_text(encode_map(wanted))
+    rounds = len(make_plan(start, wanted).rounds(SETTINGS["staging_rows"]))
+    settings = SETTINGS | {"policy": "static", "initial_placement": path}
+    ours = generate(
+        "initial",
+        least_commits=rounds,
+        session=session,
+        spawn_planner=1,
+        record=tmp_path / "recording",
+        **settings,
+    )
+    assert ours.commits == rounds, ours.log[-5000:]
+    assert f"rounds; to EPLB_INITIAL_PLACEMENT={path}" in ours.log
+    for answers in ours.passes:
+        assert differences(reference, answers) == (0, 8 * 8 * 40)
+    placements = Recording(tmp_path / "recording").placements()
+    (committed,) = (found for (_, epoch), found in placements.items() if epoch == rounds)
+    assert (np.sort(committed) == np.sort(wanted)).all()
     assert_nothing_left(session)
 
 
