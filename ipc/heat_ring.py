@@ -131,6 +131,9 @@ class HeatRing:
         self._words = body[: self.size(layers, columns, slots)].view(WORD)
         self._index = int(self._words[0])
         self._cursor = 0
+        none = np.empty(0, np.int64)
+        cells = np.empty((0, layers, columns), np.int32)
+        self._nothing = HeatRecords(none, none, none, none, none, none, cells)
 
     @staticmethod
     def slot_bytes(layers: int, columns: int) -> int:
@@ -200,6 +203,8 @@ class HeatRing:
         if there < 0:  # no writer takes records back: what was read as the head was none
             self.follow()
             there = 0
+        if not there:
+            return self._nothing
         room = min(most, there, self.slots, max(1, _AT_ONCE // max(1, self._counts_bytes)))
         meta = np.empty((room, _FIELDS), np.int64)
         heat = np.empty((room, self.layers, self.columns), np.int32)

@@ -126,6 +126,8 @@ class Group:
         """`chunk.RANK_TRANSFER` records of the rounds that have ended since the last call."""
         parts = [rank.rounds.read() for rank in self.ranks]
         ended = np.empty(sum(map(len, parts)), RANK_TRANSFER)
+        if not len(ended):
+            return ended
         ended["rank"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         logged = np.concatenate(parts)
         for name in TRANSFER.names or ():

@@ -156,7 +156,7 @@ def headlines(recording: Recording, found: Measured) -> dict[str, str]:
         "rounds committed": f"{len(committed):,}",
         "rounds aborted": f"{len(rounds) - len(committed):,}",
         "slots moved": f"{moves:,}",
-        "moved between ranks": f"{committed['received_bytes'].sum() / 2**20:,.1f} MiB",
+        "moved between ranks": _bytes(int(committed["received_bytes"].sum())),
         "steps not recorded": f"{int(found.missing[:, 1].sum()):,}",
         "records lost": f"{recording.lost:,}",
         "dropped by a slow disk": f"{recording.dropped:,}",
@@ -171,6 +171,13 @@ def _count(number: int, known: bool) -> str:
 
 def _par(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.3f}"
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -98,7 +98,7 @@ def _span(rank: int, track: int, name: str, begin: float, end: float, **told: in
     event = {"name": name, "pid": rank, "tid": track, "ts": round(ts, 3), "args": told}
     if duration < 0.001:
         return event | {"ph": "i", "s": "t"}
-    return event | {"ph": "X", "dur": round(ts + duration, 3) - round(ts, 3)}
+    return event | {"ph": "X", "dur": round(round(ts + duration, 3) - round(ts, 3), 3)}
 
 
 def _names(ranks: int) -> Iterator[Event]:

@@ -193,6 +193,7 @@ def test_the_figures_at_the_top_are_those_of_the_recording(tmp_path, monkeypatch
     assert (figures["plans given up"], figures["rounds aborted"]) == ("1", "1")
     assert figures["rounds committed"] == "8"
     assert figures["slots moved"] == str(transfers["rows"].sum())
+    assert figures["moved between ranks"] == f"{transfers['received_bytes'].sum() / 1024:.1f} KiB"
     before = found.par[found.ends < found.first_commit].mean()
     after = found.par[found.ends >= found.first_commit].mean()
     assert figures["PAR before the first commit"] == f"{before:.3f}"
