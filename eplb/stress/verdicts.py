@@ -135,8 +135,8 @@ def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
     if outcome.faults:
         said = f"{speed:.0f} steps/s, with faults; run without them to see what limits it"
     elif outcome.lost:
-        what = "the planner's loop" if loop > 0.8 else "this machine's cores"
-        said = f"{what} limits it: it lost {outcome.lost} records at {speed:.0f} steps/s"
+        what = "the planner's loop limits" if loop > 0.8 else "cores of this machine limit"
+        said = f"{what} it: it lost {outcome.lost} records at {speed:.0f} steps/s"
     elif busy > 0.9 * cores:
         said = f"this machine's {cores} cores limit it: all are busy at {speed:.0f} steps/s"
     else:

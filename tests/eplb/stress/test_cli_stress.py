@@ -1,0 +1,282 @@
+"""`eplb stress` as a user runs it, and with something broken, which it must find."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from flash_eplb.collectors.synthetic import SCENARIOS
+from flash_eplb.eplb.cli import app
+from flash_eplb.eplb.stress.faults import FAULTS
+from flash_eplb.ipc.session import segment_names
+
+QUICK = {
+    "EPLB_EPISODE_STEPS": "4",
+    "EPLB_WINDOW_EPISODES": "16",
+    "EPLB_PLAN_INTERVAL": "4",
+    "EPLB_MIN_EPISODES": "4",
+    "EPLB_RING_STEPS": "128",
+}
+
+
+@pytest.fixture
+def start_stress(session, tmp_path):
+    """`start_stress(*arguments, python="", **variables)` starts one; `python` runs in each of its
+    processes before anything else."""
+    started = []
+
+    def start(*arguments, python="", **variables):
+        kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("EPLB_")}
+        (tmp_path / "sitecustomize.py").write_text(python)
+        environment = {
+            **kept,
+            **QUICK,
+            "EPLB_SESSION": session,
+            "TMPDIR": str(tmp_path),
+            "PYTHONPATH": str(tmp_path),
+            **variables,
+        }
+        command = [sys.executable, "-m", "flash_eplb.eplb.cli", "stress", *map(str, arguments)]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
+
+
+@pytest.fixture
+def stress(start_stress):
+    """Runs one to its end; (exit code, what it printed, what it complained about)."""
+
+    def run(*arguments, **options):
+        process = start_stress(*arguments, **options)
+        out, complaints = process.communicate(timeout=240)
+        return process.returncode, out, complaints
+
+    return run
+
+
+def verdict_of(out, promise):
+    """(what, figure) of the line of a promise."""
+    return re.search(rf"│ {promise} +│ (\S+(?: judged)?) +│ (.*?) *│", out).groups()
+
+
+def promises(out):
+    return dict(re.findall(r"│ ([a-z-][a-z -]*?) +│ (holds|BROKEN|not judged) +│", out))
+
+
+def test_every_fault_is_survived(stress, tmp_path):
+    file = tmp_path / "figures.json"
+    arguments = ("--faults", "all", "--seconds", 3, "--steps-per-second", 200, "--json", file)
+    code, out, complaints = stress(*arguments)
+    found = promises(out)
+    assert "BROKEN" not in found.values(), out + complaints
+    assert (code, complaints) == (0, "")
+    assert {name: found[name] for name in FAULTS} == dict.fromkeys(FAULTS, "holds")
+    figures = json.loads(file.read_text())
+    assert [fault["name"] for fault in figures["faults"]] == list(FAULTS)
+    assert figures["damaged"] == 1
+    assert figures["aborted"] >= 1
+    assert figures["refused"] >= 4 * 4  # noise, a wrong bit, an expert gone, one doubled
+    assert figures["commits"] > len(FAULTS)
+    assert figures["checked"] >= figures["commits"]
+    assert figures["read"] > 2000
+    assert {v["promise"]: v["holds"] for v in figures["verdicts"]}["no wrong weight"] is True
+
+
+def test_real_rows_survive_faults(stress, tmp_path):
+    file = tmp_path / "figures.json"
+    faults = "bit-flips,planner-killed,rank-slow,rank-killed"
+    arguments = ("--weights", "--faults", faults, "--seconds", 3, "--steps-per-second", 200)
+    shape = ("--layers", 3, "--experts", 16, "--ranks", 3)
+    code, out, complaints = stress(*arguments, *shape, "--json", file, EPLB_ROUTING="weighted")
+    found = promises(out)
+    assert "BROKEN" not in found.values(), out + complaints
+    assert (code, complaints) == (0, "")
+    figures = json.loads(file.read_text())
+    assert figures["damaged"] == 1
+    assert figures["compared"] > 0
+    assert figures["commits"] > 4
+
+
+def test_as_fast_as_it_goes_for_some_steps(stress, tmp_path):
+    file = tmp_path / "figures.json"
+    arguments = ("--scenario", "antiphase", "--steps", 3000, "--steps-per-second", 0)
+    code, out, complaints = stress(*arguments, "--json", file)
+    assert (code, complaints) == (0, ""), out
+    assert json.loads(file.read_text())["steps"] >= 3000
+    assert "Cores used: loop" in out
+
+
+def test_recorded_heat_is_replayed(stress, tmp_path):
+    path = tmp_path / "heat.npy"
+    random = np.random.default_rng(3)
+    np.save(path, random.poisson(random.random((1, 2, 12)) ** 4 * 90, (40, 2, 12)))
+    arguments = (f"replay:{path}", "--ranks", 3, "--slots", 6, "--seconds", 8)
+    code, out, complaints = stress("--scenario", *arguments, "--steps-per-second", 200)
+    assert (code, complaints) == (0, ""), out
+    assert verdict_of(out, "the ranks are evener")[0] == "holds"
+
+
+def test_ctrl_c_ends_it_with_what_was_seen(start_stress, session):
+    process = start_stress("--seconds", 600)
+    while "steps/s" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (130, "")
+    assert "Ctrl-C" in out
+    assert "BROKEN" not in out
+    assert segment_names(session) == []
+
+
+def test_killed_it_leaves_no_process_and_no_memory(start_stress, session):
+    process = start_stress("--seconds", 600)
+    while "steps/s" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.kill()
+    deadline = time.monotonic() + 60
+    while segment_names(session):
+        assert time.monotonic() < deadline, segment_names(session)
+        time.sleep(0.1)
+
+
+BROKEN = {
+    "no wrong weight": (
+        "from flash_eplb.eplb.stress import rows\nrows.RowResult.commit = lambda self: None",
+        (),
+    ),
+    "no torn record": (
+        "from flash_eplb.ipc import heat_ring\n"
+        "push, kept = heat_ring.HeatRing.push, []\n"
+        "def mixed(self, *fields):\n"
+        "    counts = fields[5].copy()\n"
+        "    if kept and len(kept[0]) > 1: counts[0] = kept[0][0]\n"
+        "    kept[:] = [fields[5].copy()]\n"
+        "    push(self, *fields[:5], counts)\n"
+        "heat_ring.HeatRing.push = mixed",
+        (),
+    ),
+    "it runs to its end": (
+        "import time\n"
+        "from flash_eplb.eplb.stress import rank\n"
+        "step = rank.RowRank.step\n"
+        "def hangs(self, *arguments):\n"
+        "    if self._step > 300: time.sleep(600)\n"
+        "    step(self, *arguments)\n"
+        "rank.RowRank.step = hangs",
+        (),
+    ),
+    "the planner keeps in step": (
+        "import time\n"
+        "from flash_eplb.planners import engine_loop\n"
+        "turn = engine_loop.EngineLoop.turn\n"
+        "def slow(self):\n"
+        "    turn(self)\n"
+        "    if self._plans: time.sleep(1.5)\n"
+        "engine_loop.EngineLoop.turn = slow",
+        (),
+    ),
+    "planner-killed": (
+        "from flash_eplb.ipc import plan_queue\n"
+        "take_over = plan_queue.PlanQueue.take_over\n"
+        "def once(self, generation):\n"
+        "    if not self.generation: take_over(self, generation)\n"
+        "plan_queue.PlanQueue.take_over = once",
+        ("--faults", "planner-killed"),
+    ),
+    "corrupt-plans": (
+        "from flash_eplb.ipc import round\n"
+        "def trusting(one, shape, placement):\n"
+        "    after = placement.copy()\n"
+        "    for m in one.move_array(): after[m['layer'], m['rank'], m['slot']] = m['expert']\n"
+        "    return after\n"
+        "round.check_round = trusting",
+        ("--faults", "corrupt-plans"),
+    ),
+    "bit-flips": (
+        "from flash_eplb.eplb.stress import rows\n"
+        "flip = rows.RowStager._flip\n"
+        "def unseen(self, arrived):\n"
+        "    flip(self, arrived.copy())\n"
+        "rows.RowStager._flip = unseen",
+        ("--faults", "bit-flips"),
+    ),
+}
+
+
+@pytest.mark.parametrize("promise", BROKEN)
+def test_a_broken_promise_is_found(stress, tmp_path, promise):
+    python, faults = BROKEN[promise]
+    arguments = ("--seconds", 5, "--steps-per-second", 200, "--patience", 6, *faults)
+    code, out, complaints = stress(*arguments, python=python)
+    assert verdict_of(out, promise)[0] == "BROKEN", out + complaints
+    assert code == 1
+    folder = re.search(r"what the processes said is in (\S+)", complaints)[1]
+    assert "host-0.log" in os.listdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--scenario", "storm"), "--scenario is 'storm'; there are zipf, drift, antiphase"),
+        (("--faults", "flood"), "--faults names 'flood'; there are planner-killed"),
+        (("--ranks", "1"), "--ranks is 1; it must be from 2 to 1024"),
+        (("--top-k", "65"), "--top-k is 65; it must be from 1 to 64"),
+        (("--slots", "5"), "64 experts on 4 ranks x 5 slots: every expert needs a slot"),
+        (("--weights", "--ranks", "20"), "--weights starts a process for each rank; --ranks is 20"),
+        (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
+        (("--scenario", "replay:/nowhere.npy"), "/nowhere.npy"),
+        (("--ranks", "1024", "--layers", "1024"), "1024 layers x 1024 ranks"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(environment, arguments, words):
+    result = CliRunner().invoke(app, ["stress", *arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert words in line
+
+
+def test_without_room_in_shared_memory_it_says_so(environment):
+    environment.setattr("flash_eplb.ipc.limits.free_bytes", lambda: 1 << 20)
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    assert result.exit_code == 2
+    assert "4 ranks need" in result.stderr
+    assert "/dev/shm has 1.0 MiB free" in result.stderr
+
+
+def test_where_no_mount_can_be_private_it_says_so(environment, tmp_path):
+    (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "unshare").chmod(0o755)
+    environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result = CliRunner().invoke(app, ["stress", "--faults", "shm-full"])
+    assert result.exit_code == 2
+    assert "shm-full needs a mount namespace of its own" in result.stderr
+
+
+def test_the_list_names_all_scenarios_and_faults(environment):
+    result = CliRunner().invoke(app, ["stress", "--list"])
+    assert result.exit_code == 0
+    for name in (*SCENARIOS, *FAULTS):
+        assert f" {name} " in result.stdout
