@@ -247,7 +247,11 @@ def test_a_broken_promise_is_found(stress, tmp_path, promise):
         (("--weights", "--ranks", "20"), "--weights starts a process for each rank; --ranks is 20"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
         (("--scenario", "replay:/nowhere.npy"), "/nowhere.npy"),
-        (("--ranks", "1024", "--layers", "1024"), "1024 layers x 1024 ranks"),
+        (("--ranks", "1024", "--layers", "1024"), "1024 ranks need"),
+        (
+            ("--ranks", "1024", "--layers", "1024", "--slots", "9"),
+            "1024 layers x 1024 ranks x 9 slots are more than",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(environment, arguments, words):
