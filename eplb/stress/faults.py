@@ -180,7 +180,6 @@ def shm_full(trial: Trial) -> Waiting:
     fleet, epoch = trial.fleet, trial.fleet.epoch()
     _fill(_FILLED)
     try:
-        trial.shuffle()
         yield from trial.steps_on(32)
         second = fleet.start_second()
         try:
@@ -191,9 +190,8 @@ def shm_full(trial: Trial) -> Waiting:
         words = fleet.second_words()
         if "/dev/shm has" not in words:
             raise TrialError(f"a second engine was not refused for want of memory: {words[-300:]}")
-        yield from trial.until(
-            lambda: fleet.epoch() > epoch or not trial.is_worth_a_plan(),
-            "no plan was committed with /dev/shm full",
+        yield from trial.wins(
+            lambda: fleet.epoch() > epoch, "no plan was committed with /dev/shm full"
         )
     finally:
         _FILLED.unlink()
@@ -224,11 +222,9 @@ def bit_flips(trial: Trial) -> Waiting:
     aborted = fleet.total(Field.ABORTED)
     order[Order.FLIP_RANK] = rank + 1
     order[Order.FLIPS] += 1
-    trial.shuffle()
     told = fleet.figures.ranks[rank]
-    yield from trial.until(
-        lambda: told[Rank.FLIPPED] == order[Order.FLIPS] or not trial.is_worth_a_plan(),
-        f"no row came to rank {rank}",
+    yield from trial.wins(
+        lambda: bool(told[Rank.FLIPPED] == order[Order.FLIPS]), f"no row came to rank {rank}"
     )
     order[Order.FLIP_RANK] = 0
     if told[Rank.FLIPPED] != order[Order.FLIPS]:

@@ -175,6 +175,8 @@ class Stress:
                 self._read()
         except KeyboardInterrupt:
             self._outcome.interrupted = True
+        self._take(meter.sample())
+        self._outcome.shares = clock.shares()
 
     def _read(self) -> None:
         assert self._trial.audit is not None
@@ -234,6 +236,7 @@ class Stress:
         if sample is None:
             return
         self._trial.excess = float(sample.par.mean()) - 1
+        self._trial.samples += 1
         self._outcome.samples.append((sample, self._running is not None))
         self._count()
         running = self._outcome.faults[-1].name if self._running is not None else ""

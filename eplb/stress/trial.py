@@ -20,6 +20,7 @@ Waiting = Generator[None, None, None]
 """Yields while it waits, so that the supervisor can go on looking."""
 
 EXCESS_WORTH_A_PLAN = 0.1
+_SAMPLES = 3  # of which the last is all of what came after a shuffle
 
 
 class TrialError(RuntimeError):
@@ -41,6 +42,7 @@ class Trial:
             `figures.Rank`, and steps.
         stopped: whether a fault keeps ranks from stepping just now.
         excess: PAR - 1 as it was measured last.
+        samples: how often it was measured.
         plans_before: of the planners before this one.
         lost_before: records that they did not read in time.
         excused: those of them, and of this one's, that a fault kept it from reading.
@@ -54,6 +56,7 @@ class Trial:
         self.books = Books()
         self.stopped = False
         self.excess = 0.0
+        self.samples = 0
         self.lost_before = self.plans_before = self.excused = 0
         self.chance = random.Random(seed)
         self.audit: Audit | None = None
@@ -139,16 +142,21 @@ class Trial:
         yield from self.until(
             lambda: self.told(Planned.STEP) >= step, "the planner took no new heat"
         )
-        epoch, begin = fleet.epoch(), fleet.steps()
-        self.shuffle()
+        epoch = fleet.epoch()
+        yield from self.wins(lambda: fleet.epoch() > epoch, "no plan was committed")
+
+    def wins(self, done: Callable[[], bool], what: str) -> Waiting:
+        """Let other experts be hot and wait until `done`, which a plan brings about; or until it is
+        clear that nothing is worth a plan. TrialError that says `what` when patience ends."""
+        config, begin, samples = self.config, self.fleet.steps(), self.samples
         window = config.episode_steps * max(config.min_episodes, config.plan_interval)
-        yield from self.until(
-            lambda: (
-                fleet.epoch() > epoch
-                or (fleet.steps() > begin + 4 * window and not self.is_worth_a_plan())
-            ),
-            f"no plan was committed, PAR {1 + self.excess:.3f},",
-        )
+        self.shuffle()
+
+        def is_quiet() -> bool:
+            waited = self.fleet.steps() > begin + 4 * window
+            return waited and self.samples >= samples + _SAMPLES and not self.is_worth_a_plan()
+
+        yield from self.until(lambda: done() or is_quiet(), what)
 
     def _planner_serves(self) -> bool:
         return self.fleet.planner_is_serving()

@@ -68,9 +68,9 @@ def start_stress(session, tmp_path):
 def stress(start_stress):
     """Runs one to its end; (exit code, what it printed, what it complained about)."""
 
-    def run(*arguments, **options):
+    def run(*arguments, timeout=240, **options):
         process = start_stress(*arguments, **options)
-        out, complaints = process.communicate(timeout=240)
+        out, complaints = process.communicate(timeout=timeout)
         return process.returncode, out, complaints
 
     return run
@@ -83,6 +83,16 @@ def verdict_of(out, promise):
 
 def promises(out):
     return dict(re.findall(r"│ ([a-z-][a-z -]*?) +│ (holds|BROKEN|not judged) +│", out))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rows", [(), ("--weights",)], ids=["words", "weights"])
+def test_random_faults_are_survived(stress, amount, rows):
+    seconds = amount(8, 900)
+    arguments = ("--faults", "random", "--seconds", seconds, "--steps-per-second", 200, *rows)
+    code, out, complaints = stress(*arguments, "--scenario", "burst", timeout=seconds + 240)
+    assert (code, complaints) == (0, ""), out
+    assert "BROKEN" not in promises(out).values()
 
 
 def test_every_fault_is_survived(stress, tmp_path):
@@ -247,7 +257,11 @@ def test_a_broken_promise_is_found(stress, tmp_path, promise):
         (("--weights", "--ranks", "20"), "--weights starts a process for each rank; --ranks is 20"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
         (("--scenario", "replay:/nowhere.npy"), "/nowhere.npy"),
-        (("--ranks", "1024", "--layers", "1024"), "1024 layers x 1024 ranks"),
+        (("--ranks", "1024", "--layers", "1024"), "1024 ranks need"),
+        (
+            ("--ranks", "1024", "--layers", "1024", "--slots", "9"),
+            "1024 layers x 1024 ranks x 9 slots are more than",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(environment, arguments, words):
