@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from ...planners.recorder import NoRecorder
+from ...planners.recorder import NoRecorder, recorder_of
 from ..choice import load
 from ..cli import run_planner
 from ..logs import configure
@@ -27,10 +27,19 @@ class Tap(NoRecorder):
     """Tells in `Figures.planned` what a planner reads and does.
 
     What had been written before it found the engine is neither behind nor lost.
+
+    Args:
+        figures: shared by the processes.
+        recorder: told of everything, too: that of EPLB_RECORD.
     """
 
-    def __init__(self, figures: Figures):
+    def __init__(self, figures: Figures, recorder: NoRecorder):
         self._figures = figures
+        self._recorder = recorder
+        self.placement = recorder.placement  # type: ignore[method-assign]
+        self.ended = recorder.ended  # type: ignore[method-assign]
+        self.transfers = recorder.transfers  # type: ignore[method-assign]
+        self.close = recorder.close  # type: ignore[method-assign]
         self._told = figures.planned
         self._told[Planned.SERVING] += 1
         self._from = int(figures.ranks[:, Rank.STEP].max())
@@ -39,6 +48,7 @@ class Tap(NoRecorder):
 
     def step(self, step: StepHeat) -> None:
         """See `NoRecorder`."""
+        self._recorder.step(step)
         told = self._told
         told[Planned.STEPS] += step.span
         told[Planned.STEP] = step.step
@@ -53,6 +63,7 @@ class Tap(NoRecorder):
         self, number: int, epoch: int, plan: Plan, rounds: list[PlannedRound], seconds: float
     ) -> None:
         """See `NoRecorder`."""
+        self._recorder.plan(number, epoch, plan, rounds, seconds)
         told = self._told
         told[Planned.PLANS] += 1
         told[Planned.PLANNING_NS] += int(seconds * 1e9)
@@ -61,6 +72,7 @@ class Tap(NoRecorder):
 
     def lost(self, records: int) -> None:
         """See `NoRecorder`."""
+        self._recorder.lost(records)
         self._lost = records
 
 
@@ -73,7 +85,10 @@ def main() -> None:
     config = load()
     configure(config.log_level)
     clock.inject(figures.order)
-    run_planner(config, lambda _: Tap(figures), exit_with_engine=False)
+    record = recorder_of(
+        config.record, config.record_mb, config.session, config.model_dump(mode="json")
+    )
+    run_planner(config, lambda shape: Tap(figures, record(shape)), exit_with_engine=False)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ class Stress:
         settings: the same as environment variables for the processes.
         faults: names, in turn; with `at_random` what is drawn from.
         at_random: draw faults until the time is over.
-        seconds, steps: how long; whichever is reached first, and all faults in turn before.
+        seconds, steps: how long it goes on when all are there; `steps`, if not 0. Faults in turn
+            come to their end before.
         patience: seconds within which balancing must resume after a fault.
         show: told of what happens.
     """
@@ -135,6 +136,7 @@ class Stress:
         self._outcome = Outcome()
         self._progress = (0, time.perf_counter())
         self._begin = self._rest_until = 0.0
+        self._first = 0
 
     def run(self) -> Outcome:
         """Start everything, let it run, end everything; nothing is left whatever happens."""
@@ -159,6 +161,7 @@ class Stress:
 
     def _loop(self) -> None:
         self._begin = time.perf_counter()
+        self._first = self._all_steps()
         self._progress = (0, self._begin)
         meter, clock = Meter(self._fleet), Clock(self._fleet)
         sampled = self._begin
@@ -187,8 +190,11 @@ class Stress:
         if self._running is not None or (self._faults and not self._at_random):
             return False
         if self._steps:
-            return self._trial.past_steps + self._fleet.steps() >= self._steps
+            return self._all_steps() - self._first >= self._steps
         return time.perf_counter() - self._begin >= self._seconds
+
+    def _all_steps(self) -> int:
+        return self._trial.past_steps + self._fleet.steps()
 
     def _advance(self) -> None:
         """The fault under way goes on, or the next one begins."""
@@ -256,7 +262,7 @@ class Stress:
         outcome.aborted = trial.total(Field.ABORTED) // self._setup.ranks
         outcome.refused = trial.total(Field.REFUSED)
         outcome.damaged = trial.total(Field.DAMAGED)
-        outcome.steps = trial.past_steps + self._fleet.steps()
+        outcome.steps = self._all_steps()
         outcome.lost = max(0, trial.told(Planned.LOST) + trial.lost_before - trial.excused)
         outcome.most_behind = trial.told(Planned.MOST_BEHIND)
         outcome.plans = trial.plans_before + trial.told(Planned.PLANS)

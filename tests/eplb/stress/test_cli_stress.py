@@ -16,6 +16,7 @@ from flash_eplb.collectors.synthetic import SCENARIOS
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.stress.faults import FAULTS
 from flash_eplb.ipc.session import segment_names
+from flash_eplb.planners.recording import Recording
 
 QUICK = {
     "EPLB_EPISODE_STEPS": "4",
@@ -132,10 +133,19 @@ def test_real_rows_survive_faults(stress, tmp_path):
 def test_as_fast_as_it_goes_for_some_steps(stress, tmp_path):
     file = tmp_path / "figures.json"
     arguments = ("--scenario", "antiphase", "--steps", 3000, "--steps-per-second", 0)
-    code, out, complaints = stress(*arguments, "--json", file)
+    folder = tmp_path / "recording"
+    code, out, complaints = stress(*arguments, "--json", file, EPLB_RECORD=str(folder))
     assert (code, complaints) == (0, ""), out
-    assert json.loads(file.read_text())["steps"] >= 3000
+    figures = json.loads(file.read_text())
+    assert figures["steps"] >= 3000
     assert "Cores used: loop" in out
+    recording = Recording(folder)
+    assert len(list(recording.steps())) > 100
+    assert len(recording.table("plans")) == figures["plans"]
+    transfers = recording.table("transfers")
+    assert len(transfers) == 4 * figures["commits"]
+    assert (transfers["start_ns"] < transfers["staged_ns"]).all()
+    assert (transfers["staged_ns"] < transfers["commit_ns"]).all()
 
 
 def test_recorded_heat_is_replayed(stress, tmp_path):
