@@ -54,11 +54,12 @@ def record(
     made = recorder_of(output, config.record_mb, config.session, settings, ending.stop)
     recorder = made(group.shape)
     shape = group.shape
+    follower = Follower(group, recorder)
+    follower.look()  # what is so now is seen before anything is said
     typer.echo(
         f"recording session {config.session!r} into {output}: {shape.layers} layers, "
         f"{shape.experts} experts on {shape.ranks} ranks x {shape.slots} slots; end it with Ctrl-C"
     )
-    follower = Follower(group, recorder)
     why = _follow(follower, group, ending)
     recorder.close()
     group.close()

@@ -203,18 +203,17 @@ def _run(
     from .stress.verdicts import limit, verdicts
     from .stress.view import LiveView, PlainView, show_verdicts
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
     with (LiveView if console.is_terminal else PlainView)(console, setup) as view:
-        outcome = Stress(
+        stress = Stress(
             setup, config, {"EPLB_SPAWN_PLANNER": "0"}, names, at_random, seconds, steps,
             patience, view.show,
-        ).run()  # fmt: skip
+        )  # fmt: skip
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stress.stop())
+        outcome = stress.run()
     found = verdicts(outcome, setup, config.policy)
     notes = [limit(outcome, setup, os.cpu_count() or 1)]
     show_verdicts(console, found, notes)

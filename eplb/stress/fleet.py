@@ -42,6 +42,7 @@ class Fleet:
         figures: what the processes tell.
         group: the living engine's segments, as this process reads them.
         hosts, planner: the processes.
+        stopping: set from outside: whoever waits for something gives up.
     """
 
     def __init__(self, setup: Setup, settings: dict[str, str]):
@@ -50,6 +51,7 @@ class Fleet:
         self.group: Group | None = None
         self.hosts: list[subprocess.Popen[bytes]] = []
         self.planner: subprocess.Popen[bytes] | None = None
+        self.stopping = False
         self._is_losing = False
         self._environment = {**os.environ, **settings}
 
@@ -155,6 +157,11 @@ class Fleet:
         with session_lock(self.setup.session):
             remove_dead(self.setup.session)
 
+    def heed(self) -> None:
+        """KeyboardInterrupt if the stress is to stop: raised where it can do no harm."""
+        if self.stopping:
+            raise KeyboardInterrupt
+
     def check(self) -> None:
         """FleetError if a process has ended that should run."""
         for number, host in enumerate(self.hosts):
@@ -239,6 +246,7 @@ class Fleet:
         deadline = time.perf_counter() + _START_SECONDS
         while not done():
             self.check()
+            self.heed()
             if time.perf_counter() > deadline:
                 raise FleetError(f"the engine does not start: {what} after {_START_SECONDS:.0f} s")
             time.sleep(0.02)

@@ -138,6 +138,10 @@ class Stress:
         self._begin = self._rest_until = 0.0
         self._first = 0
 
+    def stop(self) -> None:
+        """End soon; safe to call from a signal handler."""
+        self._fleet.stopping = True
+
     def run(self) -> Outcome:
         """Start everything, let it run, end everything; nothing is left whatever happens."""
         outcome = self._outcome
@@ -167,6 +171,7 @@ class Stress:
         sampled = self._begin
         try:
             while not self._is_over():
+                self._fleet.heed()
                 self._fleet.check()
                 self._advance()
                 self._watch()

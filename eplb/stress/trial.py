@@ -103,6 +103,7 @@ class Trial:
         """Wait until `done`; TrialError that says `what` when patience ends."""
         deadline = time.perf_counter() + self.patience
         while not done():
+            self.fleet.heed()
             if time.perf_counter() > deadline:
                 raise TrialError(f"{what} within {self.patience:.0f} s")
             yield
