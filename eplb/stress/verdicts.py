@@ -127,8 +127,8 @@ def _of_faults(faults: list[FaultRecord]) -> list[Verdict]:
 def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
     """What limits the planner, in a sentence."""
     shares = outcome.shares
-    if not shares:
-        return "nothing was measured"
+    if not shares or outcome.trouble:
+        return "What limits it was not measured."
     loop, busy = shares["loop"], sum(shares.values())
     speed = np.mean([sample.steps_per_second for sample, _ in outcome.samples[2:]] or [0])
     used = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())

@@ -86,48 +86,41 @@ def promises(out):
     return dict(re.findall(r"│ ([a-z-][a-z -]*?) +│ (holds|BROKEN|not judged) +│", out))
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("rows", [(), ("--weights",)], ids=["words", "weights"])
-def test_random_faults_are_survived(stress, amount, rows):
-    seconds = amount(8, 900)
-    arguments = ("--faults", "random", "--seconds", seconds, "--steps-per-second", 200, *rows)
-    code, out, complaints = stress(*arguments, "--scenario", "burst", timeout=seconds + 240)
-    assert (code, complaints) == (0, ""), out
-    assert "BROKEN" not in promises(out).values()
-
-
-def test_every_fault_is_survived(stress, tmp_path):
-    file = tmp_path / "figures.json"
-    arguments = ("--faults", "all", "--seconds", 3, "--steps-per-second", 200, "--json", file)
-    code, out, complaints = stress(*arguments)
-    found = promises(out)
-    assert "BROKEN" not in found.values(), out + complaints
+def survived(stress, file, *arguments, **variables):
+    """The figures of a stress in which nothing was broken."""
+    rate = ("--steps-per-second", 200)
+    code, out, complaints = stress(*arguments, *rate, "--json", file, timeout=2000, **variables)
+    assert "BROKEN" not in promises(out).values(), out + complaints
     assert (code, complaints) == (0, "")
-    assert {name: found[name] for name in FAULTS} == dict.fromkeys(FAULTS, "holds")
     figures = json.loads(file.read_text())
-    assert [fault["name"] for fault in figures["faults"]] == list(FAULTS)
-    assert figures["damaged"] == 1
-    assert figures["aborted"] >= 1
-    assert figures["refused"] >= 4 * 4  # noise, a wrong bit, an expert gone, one doubled
-    assert figures["commits"] > len(FAULTS)
-    assert figures["checked"] >= figures["commits"]
-    assert figures["read"] > 2000
+    assert figures["checked"] >= figures["commits"] > len({f["name"] for f in figures["faults"]})
     assert {v["promise"]: v["holds"] for v in figures["verdicts"]}["no wrong weight"] is True
+    return figures
 
 
-def test_real_rows_survive_faults(stress, tmp_path):
-    file = tmp_path / "figures.json"
-    faults = "bit-flips,planner-killed,rank-slow,rank-killed"
-    arguments = ("--weights", "--faults", faults, "--seconds", 3, "--steps-per-second", 200)
+@pytest.mark.soak
+def test_every_fault_is_survived(stress, tmp_path, amount):
+    faults, seconds = amount(("all", 3), ("random", 900))
+    arguments = ("--faults", faults, "--seconds", seconds)
+    figures = survived(stress, tmp_path / "figures.json", *arguments)
+    if faults == "all":
+        assert [fault["name"] for fault in figures["faults"]] == list(FAULTS)
+        assert figures["damaged"] == 1
+        assert figures["refused"] >= 4 * 4  # noise, a wrong bit, an expert gone, one doubled
+    assert {fault["name"] for fault in figures["faults"]} == set(FAULTS)
+    assert figures["aborted"] >= 1
+    assert figures["read"] > 2000
+
+
+@pytest.mark.soak
+def test_real_rows_survive_faults(stress, tmp_path, amount):
+    faults, seconds = amount(("bit-flips,rank-killed", 3), ("random", 900))
+    arguments = ("--weights", "--faults", faults, "--seconds", seconds, "--scenario", "burst")
     shape = ("--layers", 3, "--experts", 16, "--ranks", 3)
-    code, out, complaints = stress(*arguments, *shape, "--json", file, EPLB_ROUTING="weighted")
-    found = promises(out)
-    assert "BROKEN" not in found.values(), out + complaints
-    assert (code, complaints) == (0, "")
-    figures = json.loads(file.read_text())
-    assert figures["damaged"] == 1
+    variables = {"EPLB_ROUTING": "weighted"}
+    figures = survived(stress, tmp_path / "figures.json", *arguments, *shape, **variables)
+    assert figures["damaged"] >= 1
     assert figures["compared"] > 0
-    assert figures["commits"] > 4
 
 
 def test_as_fast_as_it_goes_for_some_steps(stress, tmp_path):
@@ -152,7 +145,7 @@ def test_recorded_heat_is_replayed(stress, tmp_path):
     path = tmp_path / "heat.npy"
     random = np.random.default_rng(3)
     np.save(path, random.poisson(random.random((1, 2, 12)) ** 4 * 90, (40, 2, 12)))
-    arguments = (f"replay:{path}", "--ranks", 3, "--slots", 6, "--seconds", 8)
+    arguments = (f"replay:{path}", "--ranks", 3, "--slots", 6, "--seconds", 6)
     code, out, complaints = stress("--scenario", *arguments, "--steps-per-second", 200)
     assert (code, complaints) == (0, ""), out
     assert verdict_of(out, "the ranks are evener")[0] == "holds"
@@ -205,7 +198,7 @@ BROKEN = {
         "    if self._step > 300: time.sleep(600)\n"
         "    step(self, *arguments)\n"
         "rank.RowRank.step = hangs",
-        (),
+        ("--seconds", 20),
     ),
     "the planner keeps in step": (
         "import time\n"
@@ -245,15 +238,20 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("promise", BROKEN)
-def test_a_broken_promise_is_found(stress, tmp_path, promise):
-    python, faults = BROKEN[promise]
-    arguments = ("--seconds", 5, "--steps-per-second", 200, "--patience", 6, *faults)
-    code, out, complaints = stress(*arguments, python=python)
-    assert verdict_of(out, promise)[0] == "BROKEN", out + complaints
-    assert code == 1
-    folder = re.search(r"what the processes said is in (\S+)", complaints)[1]
-    assert "host-0.log" in os.listdir(folder)
+SHORT = ("no wrong weight", "it runs to its end", "planner-killed", "bit-flips")
+"""Broken in `make test`; `make soak` breaks all."""
+
+
+@pytest.mark.soak
+def test_a_broken_promise_is_found(stress, amount):
+    for promise in amount(SHORT, BROKEN):
+        python, more = BROKEN[promise]
+        arguments = ("--seconds", 5, "--steps-per-second", 200, "--patience", 6, *more)
+        code, out, complaints = stress(*arguments, python=python)
+        assert verdict_of(out, promise)[0] == "BROKEN", out + complaints
+        assert code == 1
+        folder = re.search(r"what the processes said is in (\S+)", complaints)[1]
+        assert "host-0.log" in os.listdir(folder)
 
 
 @pytest.mark.parametrize(

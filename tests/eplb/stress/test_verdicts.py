@@ -121,7 +121,8 @@ def test_an_adversary_is_not_judged():
         ({"lost": 5}, "Cores of this machine limit it"),
         ({"shares": SHARES | {"ranks": 1.7}}, "This machine's 2 cores limit it"),
         ({"faults": [FaultRecord("rank-slow")]}, "100 steps/s, with faults"),
-        ({"shares": {}}, "nothing was measured"),
+        ({"shares": {}}, "What limits it was not measured."),
+        ({"trouble": "it hangs"}, "What limits it was not measured."),
     ],
 )
 def test_what_limits_the_planner(changes, words):
