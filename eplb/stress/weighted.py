@@ -20,7 +20,7 @@ from .figures import Figures, Order, Rank
 from .rows import Columns
 from .setup import MODEL, Setup
 
-COMPARE_EVERY = 512  # steps
+COMPARE_EVERY = 128  # steps
 _TOKENS = 12
 
 

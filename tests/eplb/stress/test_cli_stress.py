@@ -145,7 +145,7 @@ def test_recorded_heat_is_replayed(stress, tmp_path):
     path = tmp_path / "heat.npy"
     random = np.random.default_rng(3)
     np.save(path, random.poisson(random.random((1, 2, 12)) ** 4 * 90, (40, 2, 12)))
-    arguments = (f"replay:{path}", "--ranks", 3, "--slots", 6, "--seconds", 6)
+    arguments = (f"replay:{path}", "--ranks", 3, "--slots", 6, "--seconds", 10)
     code, out, complaints = stress("--scenario", *arguments, "--steps-per-second", 200)
     assert (code, complaints) == (0, ""), out
     assert verdict_of(out, "the ranks are evener")[0] == "holds"
