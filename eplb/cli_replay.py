@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .choice import (
     choose,
@@ -157,7 +158,30 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
             f"{found.planning_ms[0]:.1f}",
             f"{times[name] - 1:+.1%}",
         )
-    Console(width=None if Console().is_terminal else 140).print(table)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table)
+    _show_over_time(console, outcomes)
+
+
+def _show_over_time(console: Console, outcomes: dict[str, Outcome]) -> None:
+    """PAR of episodes from the first to the last, all policies by one scale."""
+    import numpy as np
+
+    from ..planners.replay import stretches
+    from .strip import strip
+
+    name_width = max(map(len, outcomes))
+    width = max(20, min(100, console.width - name_width - 4))
+    lines = {
+        name: np.array(stretches(found.episode_par_over_time, width)) - 1
+        for name, found in outcomes.items()
+    }
+    highest = max((float(line.max()) for line in lines.values() if len(line)), default=0.0)
+    if highest <= 0:
+        return
+    console.print(f"PAR of episodes over time; a full block is {1 + highest:.3f}, none is 1")
+    for name, line in lines.items():
+        console.print(Text(f"  {name:{name_width}}  "), strip(line, highest), sep="")
 
 
 def _notes(

@@ -18,6 +18,8 @@ from .policy import Policy
 from .recording import Counts
 from .step_heat import StepHeat
 
+_STRETCHES = 240
+
 
 @dataclass(frozen=True)
 class Delay:
@@ -43,6 +45,7 @@ class Outcome:
         step_par: (mean, 95th percentile) over records of the PAR, each the mean over its layers
             with tokens.
         episode_par: the same over episodes.
+        step_par_over_time, episode_par_over_time: means of up to 240 equal stretches of them.
         plans: plans sent.
         refused: plans that failed or were not valid.
         rounds: committed.
@@ -57,6 +60,8 @@ class Outcome:
     episodes: int
     step_par: tuple[float, float]
     episode_par: tuple[float, float]
+    step_par_over_time: list[float]
+    episode_par_over_time: list[float]
     plans: int
     refused: int
     rounds: int
@@ -149,6 +154,8 @@ class Replay:
             episodes=self._window.count,
             step_par=_mean_and_p95(self._step_pars),
             episode_par=_mean_and_p95(self._episode_pars),
+            step_par_over_time=stretches(self._step_pars, _STRETCHES),
+            episode_par_over_time=stretches(self._episode_pars, _STRETCHES),
             plans=self._plans,
             refused=self._refused,
             rounds=self._rounds,
@@ -187,6 +194,12 @@ class Replay:
             self._moves += len(part.moves)
             if not self._coming:
                 self._next_plan = self._window.count + self._pace.plan_interval
+
+
+def stretches(values: list[float], most: int) -> list[float]:
+    """Means of `most` stretches of `values`, as equal as can be; `values` if they are fewer."""
+    count = min(most, len(values))
+    return [float(np.mean(part)) for part in np.array_split(values, count)] if count else []
 
 
 def linear_placement(layers: int, experts: int, ranks: int, slots: int) -> np.ndarray:

@@ -10,24 +10,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..strip import strip
 from .setup import Setup
 from .stress import Outcome
 from .verdicts import Verdict
 
 _PLAIN_SECONDS = 5.0
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_FULL_EXCESS = 1.0
 _HISTORY = 60
-
-
-def strip(values: np.ndarray, full: float = _FULL_EXCESS) -> Text:
-    """One coloured block per value of excess: green and low at 0, red and full at `full`."""
-    text = Text()
-    for value in np.clip(np.asarray(values) / full, 0, 1):
-        level = round(value * (len(_BLOCKS) - 1))
-        red, green = int(min(1, 2 * value) * 220), int(min(1, 2 - 2 * value) * 190)
-        text.append(_BLOCKS[level], style=f"rgb({red},{green},60)")
-    return text
 
 
 class PlainView:

@@ -71,6 +71,17 @@ def test_policies_are_compared_on_a_file(heat, tmp_path):
     assert rows["static"][0] == f"{expected:.3f}"
     assert rows["static"][4:] == ["0", "0", "0.0%", rows["static"][7], "+0.0%"]
     assert found["flashlb"]["step_par_mean"] < expected - 0.1
+    over_time = {name: one["episode_par_over_time"] for name, one in found.items()}
+    assert {len(points) for points in over_time.values()} == {40}
+    assert np.mean(over_time["static"]) == pytest.approx(found["static"]["episode_par_mean"])
+    assert over_time["flashlb"][:8] == over_time["static"][:8]  # before the first plan
+    assert over_time["flashlb"][-1] < over_time["static"][-1]
+    assert len(found["static"]["step_par_over_time"]) == 240
+    highest = max(map(max, over_time.values()))
+    assert f"PAR of episodes over time; a full block is {highest:.3f}" in result.stdout
+    strips = dict(re.findall(r"^  (\w+) +([▁-█]{40})$", result.stdout, re.MULTILINE))
+    assert list(strips) == names
+    assert "█" in strips["static"]
     assert found["flashlb"]["step_time"] == pytest.approx(
         0.4 + 0.6 * found["flashlb"]["peak"] / found["static"]["peak"]
     )

@@ -7,7 +7,7 @@ from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.par import episode_par
 from flash_eplb.planners.plan import make_plan
 from flash_eplb.planners.recording import Counts
-from flash_eplb.planners.replay import Delay, Replay, linear_placement, step_time
+from flash_eplb.planners.replay import Delay, Replay, linear_placement, step_time, stretches
 from flash_eplb.planners.swap import Swap
 
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 16, 4, 5
@@ -222,3 +222,10 @@ def test_a_shape_that_no_placement_has_is_refused(experts, ranks, slots):
 def test_vllm_s_start_is_valid_wherever_a_shape_is():
     found = linear_placement(2, 6, 2, 4)
     assert found.tolist() == [[[0, 1, 2, 3], [4, 5, 0, 1]]] * 2
+
+
+def test_stretches_are_means_of_equal_parts():
+    assert stretches([], 5) == []
+    assert stretches([1.0, 3.0], 5) == [1.0, 3.0]
+    assert stretches([1.0, 2.0, 3.0, 6.0], 2) == [1.5, 4.5]
+    assert len(stretches([1.0] * 1001, 240)) == 240
