@@ -72,11 +72,19 @@ class PlanQueue:
         Raises:
             ValueError: the queue is full, or the record is longer than `limit`.
         """
+        self.append(record, zlib.crc32(record))
+
+    def append(self, record: bytes, checksum: int) -> None:
+        """Producer: as `put`, with a checksum that need not be right: a stress writes wrong ones.
+
+        Raises:
+            ValueError: as `put`.
+        """
         if len(record) > self.limit or self.is_full():
             raise ValueError(f"no room for {len(record)} bytes (limit {self.limit})")
         head = load_acquire(self._words, _HEAD)
         slot = self._slots[head % SLOTS]
-        prefix = _PREFIX.pack(RECORD_VERSION, len(record), zlib.crc32(record), 0)
+        prefix = _PREFIX.pack(RECORD_VERSION, len(record), checksum, 0)
         # crash point: queue.put.begin
         slot[: len(prefix) + len(record)] = np.frombuffer(prefix + record, np.uint8)
         # crash point: queue.put.slot

@@ -7,6 +7,7 @@ and is followed by `Trial.resumes`.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,10 +131,10 @@ def corrupt_plans(trial: Trial) -> Waiting:
     generation = trial.chance.getrandbits(61) | 1
     for rank in group.ranks:
         rank.plans.take_over(generation)
-    for number, record in enumerate(_bad_records(trial, generation, *board)):
+    for number, (record, checksum) in enumerate(_bad_records(trial, generation, *board)):
         before = fleet.total(Field.REFUSED) + fleet.total(Field.STALE)
         for rank in group.ranks:
-            rank.plans.put(record)
+            rank.plans.append(record, checksum)
         wanted = before + len(group.ranks)
         yield from trial.until(
             lambda wanted=wanted: (  # type: ignore[misc]
@@ -148,8 +149,10 @@ def corrupt_plans(trial: Trial) -> Waiting:
     fleet.start_planner()
 
 
-def _bad_records(trial: Trial, generation: int, epoch: int, placement: np.ndarray) -> list[bytes]:
-    """Records that a rank must refuse, under the placement of `epoch`."""
+def _bad_records(
+    trial: Trial, generation: int, epoch: int, placement: np.ndarray
+) -> list[tuple[bytes, int]]:
+    """Records that a rank must refuse, under the placement of `epoch`, and their checksums."""
     layers, ranks, slots = placement.shape
     good = Round(generation, 1, 1, True, epoch, layers, ranks, slots, b"")
     held, counts = placement[0], np.bincount(placement[0].ravel())
@@ -159,20 +162,19 @@ def _bad_records(trial: Trial, generation: int, epoch: int, placement: np.ndarra
     twin = held[rank, (slot + 1) % slots]
     doubled = np.array([(0, twin, rank, (slot + 1) % slots, rank, slot)], MOVE)
     late = np.array([(0, other, (rank + 1) % ranks, 0, rank, slot)], MOVE)
-    flipped = bytearray(encode_round(msgspec.structs.replace(good, moves=gone.tobytes())))
-    flipped[len(flipped) // 2] ^= 1
-    return [
+    gone_round = msgspec.structs.replace(good, moves=gone.tobytes())
+    late_round = msgspec.structs.replace(good, plan=4, sequence=4, moves=late.tobytes())
+    records = [
         trial.chance.randbytes(300),
-        bytes(flipped),
-        encode_round(msgspec.structs.replace(good, plan=2, sequence=2, moves=gone.tobytes())),
+        encode_round(gone_round),
+        encode_round(msgspec.structs.replace(gone_round, plan=2, sequence=2)),
         encode_round(msgspec.structs.replace(good, plan=3, sequence=3, moves=doubled.tobytes())),
-        encode_round(
-            msgspec.structs.replace(good, plan=4, sequence=4, epoch=epoch + 7, moves=late.tobytes())
-        ),
-        encode_round(
-            msgspec.structs.replace(good, generation=generation + 2, moves=late.tobytes())
-        ),
+        encode_round(msgspec.structs.replace(late_round, epoch=epoch + 7)),
+        encode_round(msgspec.structs.replace(late_round, generation=generation + 2)),
     ]
+    checksums = [zlib.crc32(record) for record in records]
+    checksums[1] ^= 1 << 9  # a bit that has changed since
+    return list(zip(records, checksums, strict=True))
 
 
 def shm_full(trial: Trial) -> Waiting:

@@ -42,6 +42,7 @@ class Fleet:
         figures: what the processes tell.
         group: the living engine's segments, as this process reads them.
         hosts, planner: the processes.
+        is_losing: whether a process of the engine was killed, and the engine is to start again.
         stopping: set from outside: whoever waits for something gives up.
     """
 
@@ -52,7 +53,7 @@ class Fleet:
         self.hosts: list[subprocess.Popen[bytes]] = []
         self.planner: subprocess.Popen[bytes] | None = None
         self.stopping = False
-        self._is_losing = False
+        self.is_losing = False
         self._environment = {**os.environ, **settings}
 
     def start_engine(self) -> None:
@@ -92,7 +93,7 @@ class Fleet:
 
     def lose(self, number: int) -> None:
         """SIGKILL one process of the engine; until `leave_engine` the others may end, too."""
-        self._is_losing = True
+        self.is_losing = True
         self.hosts[number].kill()
         self.hosts[number].wait()
 
@@ -105,7 +106,7 @@ class Fleet:
 
     def leave_engine(self) -> None:
         """Its processes have ended, and their segments are of no more use."""
-        self._is_losing = False
+        self.is_losing = False
         self.hosts = []
         if self.group is not None:
             self.group.close()
@@ -165,7 +166,7 @@ class Fleet:
     def check(self) -> None:
         """FleetError if a process has ended that should run."""
         for number, host in enumerate(self.hosts):
-            if not self._is_losing:
+            if not self.is_losing:
                 self._check(host, "host", number)
         if self.planner is not None:
             self._check(self.planner, "planner_process")

@@ -217,6 +217,7 @@ class Stress:
             pass
         except TrialError as error:
             faults[-1].trouble = str(error)
+            self._trial.restore()
         self._running = None
         faults[-1].seconds = time.perf_counter() - faults[-1].seconds
         rest = self._chance.uniform(*_RANDOM_PAUSE) if self._at_random else SAMPLE_SECONDS

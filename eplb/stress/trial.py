@@ -82,6 +82,18 @@ class Trial:
             self.audit = None
         self.fleet.leave_engine()
 
+    def restore(self) -> None:
+        """After a fault that did not hold: all is there again that the next one relies on."""
+        order = self.fleet.figures.order
+        order[Order.SLOW_RANK] = order[Order.FLIP_RANK] = order[Order.JUMP_NS] = 0
+        if self.fleet.is_losing:
+            self.fleet.stop_ranks()
+            self.leave_engine()
+            self.start_engine()
+        if self.fleet.planner is None:
+            self.fleet.start_planner()
+        self.stopped = False
+
     def kill_planner(self) -> None:
         """SIGKILL, wherever it is."""
         self.lost_before += self.told(Planned.LOST)
