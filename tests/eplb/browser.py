@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from html import unescape
 from typing import NamedTuple
 
@@ -84,13 +85,14 @@ def browser():
     pytest.skip(MISSING)
 
 
-def load(path, width, folder):
-    """The page at `path` in a frame of `width` pixels; `folder` is for the browser's own files."""
-    folder.mkdir()
+def load(path, width):
+    """The page at `path` in a frame of `width` pixels."""
     wrapper = path.with_name(f"frame-{width}.html")
     wrapper.write_text(LOOK.replace("PAGE", path.name).replace("WIDTH", str(width)))
-    dom, console = _dump(path, folder)
-    looked, more = _dump(wrapper, folder)
+    # Not in pytest's folder: the browser's socket must have a short name.
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        dom, console = _dump(path, folder)
+        looked, more = _dump(wrapper, folder)
     found = re.search("FOUND({.*})END", unescape(looked), re.DOTALL)
     assert found, (looked[:2000], more)
     return Page(dom, console + more, **json.loads(found[1]))
@@ -98,14 +100,14 @@ def load(path, width, folder):
 
 def _dump(path, folder):
     """(the page's source, console lines) of one run of the browser."""
-    command = [browser(), *FLAGS, f"--user-data-dir={folder / path.stem}", "--dump-dom"]
+    command = [browser(), *FLAGS, f"--user-data-dir={folder}/{path.stem}", "--dump-dom"]
     process = subprocess.Popen(
         [*command, path.as_uri()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"TMPDIR": str(folder)},
+        env=os.environ | {"TMPDIR": folder},
     )
     try:
         dom, said = process.communicate(timeout=150)

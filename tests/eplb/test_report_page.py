@@ -39,8 +39,8 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_draws_every_plot_within_its_width_and_asks_for_nothing(written, width, tmp_path):
-    page = browser.load(written, width, tmp_path / "browser")
+def test_a_browser_draws_every_plot_within_its_width_and_asks_for_nothing(written, width):
+    page = browser.load(written, width)
     assert page.console == []
     assert [plot["id"] for plot in page.plots] == list(PLOTS)
     for plot in page.plots:
