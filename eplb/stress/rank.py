@@ -15,6 +15,7 @@ from ...loaders.loader import Loader
 from ...loaders.patrol import Patrol
 from ...loaders.stager_pool import StagerPool
 from ...loaders.vote import Vote
+from ...planners.replay import linear_placement
 from ..config import Config
 from .figures import Figures, Rank
 from .rows import RowEngine, RowStager, contents
@@ -25,9 +26,7 @@ _PATIENCE = 600.0  # seconds, as an engine would have in its own collectives
 
 def first_placement(setup: Setup) -> np.ndarray:
     """int32 [layers, ranks, slots]: vLLM's at its start."""
-    physical = np.arange(setup.ranks * setup.slots, dtype=np.int32) % setup.experts
-    shape = (setup.layers, setup.ranks, setup.slots)
-    return np.tile(physical, (setup.layers, 1)).reshape(shape)
+    return linear_placement(setup.layers, setup.experts, setup.ranks, setup.slots)
 
 
 class RowRank:
