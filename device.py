@@ -40,8 +40,8 @@ class Device(Protocol):
 
     is_host: bool
 
-    def pinned(self, layers: int, columns: int) -> torch.Tensor:
-        """int32[layers, columns] of host memory that the device can copy to by itself."""
+    def pinned(self, layers: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros [layers, columns] in host memory that the device can copy to by itself."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Issue a copy from the device to pinned memory; do not wait for it."""
@@ -52,15 +52,21 @@ class Device(Protocol):
     def side_stream(self) -> SideStream:
         """A new stream; called by the thread that will use it."""
 
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory for such a tensor, in the layout that `tensor` has on its device."""
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, or a copy of it if its layout on the device is none of torch's."""
+
 
 class Host:
     """The CPU: nothing is ever on its way."""
 
     is_host = True
 
-    def pinned(self, layers: int, columns: int) -> torch.Tensor:
+    def pinned(self, layers: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Device`; memory need not be pinned here."""
-        return torch.zeros((layers, columns), dtype=torch.int32)
+        return torch.zeros((layers, columns), dtype=dtype)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Device`; it is done when this returns."""
@@ -73,6 +79,14 @@ class Host:
     def side_stream(self) -> SideStream:
         """A thread is all that it takes."""
         return _HostStream()
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`."""
+        return torch.empty_like(tensor)
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`: all layouts here are torch's."""
+        return tensor
 
 
 class _HostStream:
@@ -87,7 +101,7 @@ class _HostStream:
 
 
 class Accelerator:
-    """A device with streams: `kind` is "cuda" or "npu". Work goes to its current stream."""
+    """A device with streams, of torch's module `kind`. Work goes to its current stream."""
 
     is_host = False
 
@@ -95,9 +109,9 @@ class Accelerator:
         self._module = getattr(torch, kind)
         self._index = index
 
-    def pinned(self, layers: int, columns: int) -> torch.Tensor:
+    def pinned(self, layers: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Device`."""
-        return torch.zeros((layers, columns), dtype=torch.int32, pin_memory=True)
+        return torch.zeros((layers, columns), dtype=dtype, pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Device`."""
@@ -112,6 +126,44 @@ class Accelerator:
         if self._index is not None:
             self._module.set_device(self._index)  # a thread begins with device 0
         return _Stream(self._module)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`."""
+        return torch.empty_like(tensor)
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`: all layouts here are torch's."""
+        return tensor
+
+
+_ND = 2
+"""The number by which CANN knows torch's own layout."""
+
+
+class Npu(Accelerator):
+    """An Ascend NPU: its tensors may lie in fractal layouts, which no view may cut."""
+
+    def __init__(self, index: int | None = None):
+        super().__init__("npu", index)
+        import torch_npu  # type: ignore[import-not-found]
+
+        self._npu = torch_npu
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`; torch.empty_like forgets the layout on some devices."""
+        return self._npu.empty_with_format(
+            size=tensor.size(),
+            dtype=tensor.dtype,
+            layout=tensor.layout,
+            device=tensor.device,
+            acl_format=int(self._npu.get_npu_format(tensor)),
+        )
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Device`."""
+        if int(self._npu.get_npu_format(tensor)) == _ND:
+            return tensor
+        return self._npu.npu_format_cast(tensor, _ND)
 
 
 class _Stream:
@@ -140,4 +192,4 @@ def device_of(tensor: torch.Tensor) -> Device:
         return Host()
     if kind not in ("cuda", "npu"):
         raise ValueError(f"a tensor lies on a {kind} device; cpu, cuda and npu are known")
-    return Accelerator(kind, tensor.device.index)
+    return Npu(tensor.device.index) if kind == "npu" else Accelerator(kind, tensor.device.index)

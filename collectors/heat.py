@@ -64,8 +64,9 @@ class HeatCollector:
 
     Args:
         ring: where the records go.
-        loads: per model, int32 [layers, columns], counted by the engine on its device. A drafter's
-            come first where it is registered first. They are set to zero with each record.
+        loads: per model, integers [layers, columns], counted by the engine on its device. A
+            drafter's come first where it is registered first. They are set to zero with each
+            record.
         device: that of `loads`; None finds it.
 
     Attributes:
@@ -84,8 +85,10 @@ class HeatCollector:
         self._loads = loads
         self._device = device or device_of(loads[0])
         self._host = [load.numpy() for load in loads] if self._device.is_host else []
+        self._is_plain = len(self._host) == 1 and self._host[0].flags.c_contiguous
         count = 1 if self._device.is_host else BUFFERS
-        self._free = [self._device.pinned(ring.layers, ring.columns) for _ in range(count)]
+        kind = loads[0].dtype  # so that no copy from a device has to convert
+        self._free = [self._device.pinned(ring.layers, ring.columns, kind) for _ in range(count)]
         self._zeros = np.zeros((ring.layers, ring.columns), np.int32)
         self._on_their_way: deque[_Copy] = deque()
         self._left: _Span | None = None
@@ -119,7 +122,7 @@ class HeatCollector:
     def _write_at_once(self, span: _Span) -> None:
         if span.flags & FLAG_DUMMY:
             self._write(span, self._zeros)
-        elif len(self._host) == 1 and self._host[0].flags.c_contiguous:
+        elif self._is_plain:
             self._write(span, self._host[0])
         else:
             self._gather(self._free[0])
@@ -195,4 +198,5 @@ class HeatCollector:
 
     def _write(self, span: _Span, counts: np.ndarray) -> None:
         step, time_, tokens, flags, epoch, steps = span
+        counts = counts.astype(np.int32, copy=False)
         self._ring.push(step, time_, tokens, flags, epoch, counts, steps)

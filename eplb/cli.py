@@ -93,8 +93,8 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     with one_sentence():
         initial = read_map(config.initial_placement) if config.initial_placement else None
 
-    def make_policy(ranks: int, slots: int) -> Policy:
-        return policy_of(config, choice, ranks, slots, options)
+    def make_policy(ranks: int, slots: int, **of_engine: str) -> Policy:
+        return policy_of(config, choice, ranks, slots, options | of_engine)
 
     async def serve() -> None:
         planner = Planner(

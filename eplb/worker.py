@@ -31,7 +31,7 @@ from ..loaders.loader import Loader
 from ..loaders.patrol import Patrol
 from ..loaders.stager import Stager
 from ..loaders.stager_pool import StagerPool
-from ..loaders.staging import Staging, default_rows, row_bytes
+from ..loaders.staging import Staging, default_rows, first_tensor, row_bytes
 from ..loaders.transports import choose_transport, communicator_name, make_transport
 from ..loaders.vote import Vote
 from .config import Config
@@ -74,6 +74,8 @@ class Worker:
             row_bytes=(rows := row_bytes(engine.weights)),
             staging_rows=config.staging_rows or default_rows(max(rows)),
             ring_slots=config.ring_steps,
+            counts_own_slots=engine.counts_own_slots,
+            routes_by_source=engine.routes_by_source,
         )
         self._step = 0
         self._tokens = 0
@@ -288,7 +290,7 @@ class Worker:
         engine = self._engine
         return choose_transport(
             self._config.transport,
-            engine.weights[0][0].device.type,
+            first_tensor(engine.weights).device.type,
             communicator_name(engine),
             staging.borrowed == self._shape.staging_rows,
         )

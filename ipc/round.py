@@ -131,11 +131,12 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
         raise RoundError(
             f"it fills {rows} rows on one rank, EPLB_STAGING_ROWS is there for {shape.staging_rows}"
         )
-    _check_columns(round_, after, shape.experts)
+    most = shape.ranks if shape.routes_by_source else MOST_COLUMNS
+    _check_columns(round_, after, shape.experts, most)
     return after
 
 
-def _check_columns(round_: Round, after: np.ndarray, experts: int) -> None:
+def _check_columns(round_: Round, after: np.ndarray, experts: int, most: int) -> None:
     columns = round_.column_array()
     if columns is None:
         return
@@ -143,8 +144,8 @@ def _check_columns(round_: Round, after: np.ndarray, experts: int) -> None:
         raise RoundError(f"a slot has {columns.min()} routing columns; it must have 1 or more")
     for layer, shares in zip(np.unique(round_.move_array()["layer"]), columns, strict=True):
         total = np.bincount(after[layer].ravel(), shares.ravel(), experts)
-        if total.max() > MOST_COLUMNS:
+        if total.max() > most:
             raise RoundError(
                 f"layer {layer} expert {total.argmax()} has {int(total.max())} routing columns; "
-                f"the table holds {MOST_COLUMNS}"
+                f"the table holds {most}"
             )

@@ -37,7 +37,7 @@ from .liveness import (
 )
 from .session import remove_dead, session_lock
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of everything that lies in a segment; a reader of another one refuses it."""
 
 _MAGIC = int.from_bytes(b"FLSHEPLB", "little")

@@ -46,6 +46,8 @@ class GroupShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         counts_own_slots: a rank counts what arrived at its own S slots from all ranks' batches, so
             the ranks' heat is put side by side; otherwise it counts its own batch over all P slots,
             and the heat of `counting` is added up.
+        routes_by_source: a rank sends all of its tokens for an expert to one replica, so that
+            replicas share the expert's tokens by whole ranks; otherwise token by token.
     """
 
     models: Annotated[tuple[ModelShape, ...], Meta(min_length=1, max_length=64)]
@@ -57,6 +59,7 @@ class GroupShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staging_rows: Annotated[int, Meta(ge=1, le=2**16)]
     ring_slots: Annotated[int, Meta(ge=1, le=2**20)]
     counts_own_slots: bool = False
+    routes_by_source: bool = False
 
     @property
     def layers(self) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import xxhash
 
-from .staging import slot_views
+from ..device import device_of
+from .staging import Stack, plain_bytes, slot_views
 
 _CHUNK = 1 << 20  # words that are summed up at once
 _MULTIPLIER = 0x9E3779B1  # odd; 2**32 / golden ratio
@@ -23,32 +24,33 @@ def row_digest(views: list[torch.Tensor]) -> int:
     """Digest of one expert, from 0 to 2**63 - 1.
 
     Args:
-        views: its bytes, uint8 tensors of one dimension; where they are cut does not matter on the
+        views: its tensors, as `slot_views` gives them; where they are cut does not matter on the
             CPU, on a device it does.
     """
     if views[0].device.type != "cpu":
         return device_digest(views)
     state = xxhash.xxh3_64()
     for view in views:
-        state.update(view.numpy().data)
+        state.update(plain_bytes(view).numpy().data)
     return state.intdigest() >> 1
 
 
 def device_digest(views: list[torch.Tensor]) -> int:
     """`row_digest` by torch's own operations, on any device; waits for it once, at the end."""
     total = torch.zeros((), dtype=torch.int64, device=views[0].device)
-    for view in views:
+    device = device_of(views[0])
+    for tensor in views:
+        view = plain_bytes(device.plain(tensor))
         for chunk in _words(view).split(_CHUNK):
             weights = _weights_on(view.device)[: chunk.numel()]
             total = total * _FOLD + (chunk.to(torch.int64) * weights).sum() + view.numel()
     return int(total) & (2**63 - 1)
 
 
-def digests(weights: list[list[torch.Tensor]]) -> list[list[int]]:
+def digests(weights: list[list[Stack]]) -> list[list[int]]:
     """[layers][slots] digests of all experts of a rank."""
     return [
-        [row_digest(slot_views(layer, slot)) for slot in range(layer[0].shape[0])]
-        for layer in weights
+        [row_digest(slot_views(layer, slot)) for slot in range(len(layer[0]))] for layer in weights
     ]
 
 

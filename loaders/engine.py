@@ -7,28 +7,35 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .staging import Stack
+
 
 class Engine(Protocol):
     """A serving engine's experts on one rank.
 
     Attributes:
-        weights: per layer, every tensor that belongs to an expert, each [slots, ...]: weights,
-            scales, biases. The loader reads them while transfers run and writes whole rows at a
-            commit, between two steps.
+        weights: per layer, every tensor that belongs to an expert (weights, scales, biases), each
+            as one tensor [slots, ...] or as a list of one per slot. The loader reads them while
+            transfers run and writes whole rows at a commit, between two steps.
         placement: int32 [layers, ranks, slots], the engine's placement at the start.
-        buffer: tensors [n, ...] for n experts of a layer, which the engine has allocated and leaves
-            to the loader; empty if there are none.
+        buffer: the same for n experts of a layer, which the engine has allocated and leaves to the
+            loader; empty if there are none.
         communicators: per layer, the engine's own object that moves experts (vLLM's
             `EplbCommunicator`) and the layer's number there; empty if there is none.
-        loads: per model, int32 [layers of the model, ranks * slots]: this step's heat, counted by
-            the engine on its device and set to zero by the collector.
+        loads: per model, integers [layers of the model, ranks * slots]: this step's heat, counted
+            by the engine on its device and set to zero by the collector; [..., slots] if it
+            `counts_own_slots`.
+        counts_own_slots: see `GroupShape`.
+        routes_by_source: see `GroupShape`.
     """
 
-    weights: list[list[torch.Tensor]]
+    weights: list[list[Stack]]
     placement: np.ndarray
-    buffer: list[torch.Tensor]
+    buffer: list[Stack]
     communicators: list[tuple[Any, int]]
     loads: list[torch.Tensor]
+    counts_own_slots: bool
+    routes_by_source: bool
 
     def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None

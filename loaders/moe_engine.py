@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .routing import logical_to_physical
+from .staging import Stack
 
 _HASH = 2654435769
 """floor(2**32 / golden ratio): the router's column is a hash of the token's row, as in vLLM."""
@@ -90,6 +91,9 @@ class MoeEngine:
         group: the ranks' gloo group, for the all-to-all; None with one rank.
     """
 
+    counts_own_slots = False
+    routes_by_source = False
+
     def __init__(self, shape: MoeShape, rank: int, group: Any = None):
         self.shape = shape
         self.rank = rank
@@ -98,7 +102,7 @@ class MoeEngine:
         self.placement = np.tile(physical, (shape.layers, 1)).reshape(
             shape.layers, shape.ranks, shape.slots
         )
-        self.weights = [
+        self.weights: list[list[Stack]] = [
             [
                 torch.stack(parts)
                 for parts in zip(
@@ -111,7 +115,7 @@ class MoeEngine:
             ]
             for layer in range(shape.layers)
         ]
-        self.buffer: list[torch.Tensor] = []
+        self.buffer: list[Stack] = []
         self.communicators: list[tuple[Any, int]] = []
         self.loads = [torch.zeros((shape.layers, shape.ranks * shape.slots), dtype=torch.int32)]
         width = 1024

@@ -24,7 +24,7 @@ from ..device import Event, device_of
 from .digest import row_digest
 from .errand import Errand, Result, my_rows
 from .patrol import Beat
-from .staging import Staging, slot_views
+from .staging import Stack, Staging, first_tensor, slot_views
 from .transport import Parcel, Transport
 
 log = logging.getLogger("flash_eplb.loader")
@@ -50,7 +50,7 @@ class Stager:
     """Runs errands in a thread of its own.
 
     Args:
-        weights: per layer, tensors [slots, ...].
+        weights: per layer, stacks of its tensors (`staging.Stack`).
         staging: the rows to fill.
         transport: used by this thread only.
         rank: EP rank.
@@ -60,7 +60,7 @@ class Stager:
 
     def __init__(
         self,
-        weights: list[list[torch.Tensor]],
+        weights: list[list[Stack]],
         staging: Staging,
         transport: Transport,
         rank: int,
@@ -71,7 +71,7 @@ class Stager:
         self._transport = transport
         self._rank = rank
         self._reference = reference
-        self._device = device_of(weights[0][0])
+        self._device = device_of(first_tensor(weights))
         self._errands: queue.SimpleQueue[tuple[Errand, Event | None] | None] = queue.SimpleQueue()
         self.result: Result | None = None
         self.busy = False
@@ -169,7 +169,7 @@ class Stager:
         if errand.tables is not None:
             parts, values = errand.tables()
             live, staged = live + parts, staged + values
-        received = sum(view.numel() for parcel in arriving for view in parcel.views)
+        received = sum(view.nbytes for parcel in arriving for view in parcel.views)
         return Result(errand.identity, received_bytes=received, live=live, staged=staged)
 
     def _source(self, move: np.void) -> list[torch.Tensor]:

@@ -1,8 +1,12 @@
 """Staging: rows that hold experts on their way.
 
-A row holds one expert of one layer: the bytes of all its tensors, one after the other. Rows are
-allocated once; a round fills them while inference goes on, and its commit copies them into live
-slots.
+A row holds one expert of one layer. Rows are allocated once; a round fills them while inference
+goes on, and its commit copies them into live slots.
+
+An engine keeps what the experts of a layer have in common as one tensor [slots, ...], or as a list
+of one tensor per slot. Of the first kind a row holds the bytes, one tensor after the other, so it
+serves all layers. A tensor of the second kind may have a layout of its own on its device, so it
+travels as it is, and a row holds its like.
 """
 
 from __future__ import annotations
@@ -12,11 +16,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..device import device_of
+
 _ALIGNMENT = 16  # bytes; so that a device reads whole words
 
+Stack = torch.Tensor | list[torch.Tensor]
+"""A tensor [slots, ...] or one tensor per slot."""
 
-def row_bytes(weights: Sequence[Sequence[torch.Tensor]]) -> tuple[int, ...]:
-    """Bytes of one expert, per layer, of `weights` (per layer, tensors [slots, ...])."""
+Form = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+def row_bytes(weights: Sequence[Sequence[Stack]]) -> tuple[int, ...]:
+    """Bytes of one expert, per layer, of `weights` (per layer, stacks of its tensors)."""
     return tuple(sum(_sizes(layer)) for layer in weights)
 
 
@@ -26,32 +37,61 @@ def default_rows(row: int) -> int:
     return min(64, max(8, 2**22 // max(1, row)))
 
 
-def slot_views(layer: Sequence[torch.Tensor], slot: int) -> list[torch.Tensor]:
-    """The bytes (uint8, one dimension) of each tensor of an expert in `slot`, without a copy.
+def first_tensor(weights: Sequence[Sequence[Stack]]) -> torch.Tensor:
+    """A tensor of `weights`; the others lie on its device."""
+    return weights[0][0][0]
+
+
+def slot_views(layer: Sequence[Stack], slot: int) -> list[torch.Tensor]:
+    """What travels of each tensor of the expert in `slot`, without a copy.
+
+    That is the bytes (uint8, one dimension) of a tensor [slots, ...], and a tensor of its own as it
+    is, its dimensions in the order of memory.
 
     Raises:
-        ValueError: a tensor's row is not contiguous, so that it has no bytes to send.
+        ValueError: a tensor is not contiguous, or has gaps, so that it cannot be sent.
     """
-    views = []
-    for tensor in layer:
-        row = tensor[slot]
-        if not row.is_contiguous():
-            raise ValueError(f"an expert tensor of shape {tuple(tensor.shape)} is not contiguous")
-        views.append(row.view(-1).view(torch.uint8))
-    return views
+    return [
+        dense(stack[slot]) if isinstance(stack, list) else plain_bytes(stack[slot])
+        for stack in layer
+    ]
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with its dimensions in the order of memory; ValueError if it has gaps."""
+    if tensor.is_contiguous():
+        return tensor
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (strides[d], tensor.shape[d]), reverse=True)
+    ordered = tensor.permute(order)
+    if not ordered.is_contiguous():
+        raise ValueError(
+            f"an expert tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} has gaps"
+        )
+    return ordered
+
+
+def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of `tensor`, uint8 of one dimension; ValueError if it is not contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"an expert tensor of shape {tuple(tensor.shape)} is not contiguous")
+    return tensor.view(-1).view(torch.uint8)
 
 
 def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
-    """Write what was staged over what is live, one for one, in one call."""
-    if live:
+    """Write what was staged over what is live, one for one; in one call where a device has it."""
+    if live and live[0].device.type == "npu":
+        for target, source in zip(live, staged, strict=True):
+            target.copy_(source)
+    elif live:
         torch._foreach_copy_(live, staged)
 
 
-def reorder_slots(layer: Sequence[torch.Tensor], before: np.ndarray, after: np.ndarray) -> None:
+def reorder_slots(layer: Sequence[Stack], before: np.ndarray, after: np.ndarray) -> None:
     """Exchange the slots of the experts of one rank, in place, with room for one of them.
 
     Args:
-        layer: tensors [slots, ...].
+        layer: stacks of its tensors.
         before, after: int [slots], the experts in the slots; the same experts, each once.
     """
     source = {expert: slot for slot, expert in enumerate(before.tolist())}
@@ -69,39 +109,48 @@ def reorder_slots(layer: Sequence[torch.Tensor], before: np.ndarray, after: np.n
 
 
 class Staging:
-    """`rows` rows, each long enough for an expert of any layer of `weights`, on their device.
+    """`rows` rows, each with room for an expert of any layer of `weights`, on their device.
 
     Args:
-        weights: per layer, tensors [slots, ...].
+        weights: per layer, stacks of its tensors.
         rows: how many.
-        buffer: tensors [n, ...] that the engine has allocated and does not use: they are the first
-            n rows, if an expert of every layer fits into them tensor by tensor.
+        buffer: stacks for n experts that the engine has allocated and does not use: they are the
+            first n rows, if an expert of every layer fits into them tensor by tensor.
     """
 
     def __init__(
         self,
-        weights: Sequence[Sequence[torch.Tensor]],
+        weights: Sequence[Sequence[Stack]],
         rows: int,
-        buffer: Sequence[torch.Tensor] = (),
+        buffer: Sequence[Stack] = (),
     ):
         self._weights = weights
         self.borrowed = min(rows, len(buffer[0])) if _fits(weights, buffer) else 0
         self._buffer = [slot_views(buffer, row) for row in range(self.borrowed)]
-        width = max(sum(map(_aligned, _sizes(layer))) for layer in weights)
-        device = weights[0][0].device
         own = rows - self.borrowed
         # An engine makes us within inference mode; the stager's thread, which writes, is outside.
         with torch.inference_mode(False):
-            self._rows = torch.empty((own, width if own else 0), dtype=torch.uint8, device=device)
+            self._likes = _rows_like(weights, own)
+            flat = [layer for layer in weights if not _is_listed(layer)]
+            width = max((sum(map(_aligned, _sizes(layer))) for layer in flat), default=0)
+            self._rows = torch.empty(
+                (own, width if own else 0), dtype=torch.uint8, device=first_tensor(weights).device
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows that were allocated; those of the engine's buffer do not count."""
-        return self._rows.numel()
+        likes = (tensor for rows in self._likes.values() for row in rows for tensor in row)
+        return self._rows.numel() + sum(tensor.nbytes for tensor in likes)
 
     def views(self, row: int, layer: int) -> list[torch.Tensor]:
-        """Row `row` cut into the tensors of an expert of `layer`, as uint8."""
-        sizes = _sizes(self._weights[layer])
+        """Row `row` cut into the tensors of an expert of `layer`, as `slot_views` gives them."""
+        stacks = self._weights[layer]
+        if _is_listed(stacks):
+            if row < self.borrowed:
+                return self._buffer[row]
+            return self._likes[_form(stacks)][row - self.borrowed]
+        sizes = _sizes(stacks)
         if row < self.borrowed:
             return [part[:size] for part, size in zip(self._buffer[row], sizes, strict=False)]
         views = []
@@ -112,18 +161,43 @@ class Staging:
         return views
 
 
-def _sizes(layer: Sequence[torch.Tensor]) -> list[int]:
+def _rows_like(
+    weights: Sequence[Sequence[Stack]], rows: int
+) -> dict[Form, list[list[torch.Tensor]]]:
+    """By form, `rows` rows of tensors like those of an expert whose tensors are its own."""
+    made: dict[Form, list[list[torch.Tensor]]] = {}
+    for layer in weights:
+        if _is_listed(layer) and (form := _form(layer)) not in made:
+            like = device_of(first_tensor([layer])).empty_like
+            made[form] = [[like(view) for view in slot_views(layer, 0)] for _ in range(rows)]
+    return made
+
+
+def _is_listed(layer: Sequence[Stack]) -> bool:
+    return any(isinstance(stack, list) for stack in layer)
+
+
+def _form(layer: Sequence[Stack]) -> Form:
+    """What two experts have in common that fit into the same row of tensors."""
+    return tuple((view.dtype, tuple(view.shape)) for view in slot_views(layer, 0))
+
+
+def _sizes(layer: Sequence[Stack]) -> list[int]:
     """Bytes of one expert's part of each tensor."""
-    return [tensor[0].numel() * tensor.element_size() for tensor in layer]
+    return [stack[0].numel() * stack[0].element_size() for stack in layer]
 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _fits(weights: Sequence[Sequence[torch.Tensor]], buffer: Sequence[torch.Tensor]) -> bool:
+def _fits(weights: Sequence[Sequence[Stack]], buffer: Sequence[Stack]) -> bool:
     """Whether an expert of any layer fits into a row of `buffer`, tensor by tensor."""
-    if not buffer or any(not tensor[0].is_contiguous() for tensor in buffer):
+    if not buffer or not len(buffer[0]):
+        return False
+    if any(map(_is_listed, (buffer, *weights))):
+        return all(_form(layer) == _form(buffer) for layer in weights)
+    if any(not stack[0].is_contiguous() for stack in buffer):
         return False
     room = _sizes(buffer)
     return all(

@@ -28,7 +28,7 @@ class Parcel(NamedTuple):
         number: of the move within the round; equal on both ranks.
         layer, expert: which.
         peer: the rank at the other end.
-        views: its bytes, uint8 tensors of one dimension; cut alike on both ranks.
+        views: its tensors, as `staging.slot_views` gives them; alike on both ranks.
     """
 
     number: int
@@ -114,10 +114,23 @@ class PeerToPeer:
         if self.name == "gloo":
             self._through_the_host(leaving, arriving)
             return
+        for number in np.unique(moves["layer"]).tolist():  # all ranks in the same order
+            sent = [parcel for parcel in leaving if parcel.layer == number]
+            received = [parcel for parcel in arriving if parcel.layer == number]
+            if sent or received:
+                _wait([self._in_one_batch(sent, received)])
+
+    def _in_one_batch(self, leaving: list[Parcel], arriving: list[Parcel]) -> dist.Work:
+        """Begin all transfers of a layer at once, on the current stream."""
+        if self.name == "hccl":  # the way that torch_npu has with every version of CANN
+            named = [("isend", parcel) for parcel in leaving]
+            named += [("irecv", parcel) for parcel in arriving]
+            each = [(name, view, parcel.peer) for name, parcel in named for view in parcel.views]
+            return self._group.batch_isend_irecv(*map(list, zip(*each, strict=True)))
         device = (leaving or arriving)[0].views[0].device
         self._group._start_coalescing(device)
         self._begin(leaving, arriving)
-        _wait([self._group._end_coalescing(device)])
+        return self._group._end_coalescing(device)
 
     def _through_the_host(self, leaving: list[Parcel], arriving: list[Parcel]) -> None:
         """On the CPU there is nothing to copy."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .routing import logical_to_physical
+from .staging import Stack, row_bytes
 
 
 class VllmEngine:
@@ -18,14 +19,17 @@ class VllmEngine:
         ranks: EP ranks.
     """
 
+    counts_own_slots = False
+    routes_by_source = False
+
     def __init__(self, model_states: list[Any], ranks: int):
-        self.weights: list[list[torch.Tensor]] = [
+        self.weights: list[list[Stack]] = [
             list(layer) for state in model_states for layer in state.model.expert_weights
         ]
         # A model's buffer has the layout of its first layer; the largest model's serves best.
-        self.buffer: list[torch.Tensor] = max(
+        self.buffer: list[Stack] = max(
             (list(getattr(state, "expert_buffer", None) or []) for state in model_states),
-            key=lambda buffer: sum(tensor.nbytes for tensor in buffer),
+            key=lambda buffer: row_bytes([buffer])[0],
         )
         self.loads: list[torch.Tensor] = [state.expert_load_pass for state in model_states]
         self._where = [

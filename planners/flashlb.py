@@ -101,7 +101,8 @@ class FlashLB:
         ranks_per_node: consecutive ranks that share a node, whose weights are taken first; None
             if distance is of no matter.
         effort: "fast", "balanced" or "thorough".
-        routing: "uniform", or "weighted" to plan how tokens divide among replicas.
+        routing: "uniform", or "weighted" to plan how tokens divide among replicas; "by_source"
+            where a rank sends all of its tokens for an expert to one of them.
         max_columns: routing columns that an expert may have, from `ranks` to 32,767.
         min_excess: PAR - 1 up to which a layer is left alone.
         min_gain: least PAR a layer's plan must win.
@@ -141,7 +142,7 @@ class FlashLB:
         if ranks_per_node is not None:
             self.ranks_per_node = whole("ranks_per_node", ranks_per_node, 1)
         self.effort = one_of("effort", effort, tuple(EFFORTS))
-        self.routing = one_of("routing", routing, ("uniform", "weighted"))
+        self.routing = one_of("routing", routing, ("uniform", "weighted", "by_source"))
         self.max_columns = whole("max_columns", max_columns, self.ranks, MOST_COLUMNS)
         self.min_excess = amount("min_excess", min_excess)
         self.min_gain = amount("min_gain", min_gain)
@@ -212,7 +213,7 @@ class FlashLB:
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
-        if self.routing == "weighted":
+        if self.routing != "uniform":
             self._weigh(window.tokens, wanted, columns, after)
         self._planned = wanted.copy()
         return plan_between(window.today, wanted, before, after, columns, self.ranks_per_node)
@@ -371,7 +372,12 @@ class FlashLB:
         def work(part: np.ndarray) -> None:
             for layer in part:
                 par[layer] = weigh_layer(
-                    tokens, layer, placement[layer], self.max_columns, columns[layer]
+                    tokens,
+                    layer,
+                    placement[layer],
+                    self.max_columns,
+                    self.routing == "by_source",
+                    columns[layer],
                 )
 
         self._spread(work, np.arange(len(par)))

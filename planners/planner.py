@@ -41,7 +41,8 @@ class Planner:
 
     Args:
         session: name of the session.
-        make_policy: called with (ranks, slots) when an engine is there.
+        make_policy: called with (ranks, slots) when an engine is there, and with
+            routing="by_source" if its ranks send all of an expert's tokens to one replica.
         pace: when to plan.
         exit_with_engine: return when the engine is gone instead of waiting for the next.
         ranks_per_node: consecutive ranks that share a node; None if all do.
@@ -52,7 +53,7 @@ class Planner:
     def __init__(
         self,
         session: str,
-        make_policy: Callable[[int, int], Policy],
+        make_policy: Callable[..., Policy],
         pace: Pace,
         exit_with_engine: bool = False,
         ranks_per_node: int | None = None,
@@ -151,9 +152,10 @@ class Planner:
             def wake() -> None:
                 loop.call_soon_threadsafe(self._wake.set)
 
+            by_source = {"routing": "by_source"} if shape.routes_by_source else {}
             engine = EngineLoop(
                 group,
-                self._make_policy(shape.ranks, shape.slots),
+                self._make_policy(shape.ranks, shape.slots, **by_source),
                 self._pace,
                 self._generation,
                 self._executor,

@@ -2,6 +2,10 @@
 
 The router takes one of an expert's columns at random, so a slot's share of its expert's tokens is
 its share of the expert's columns. Columns move from replica to replica while the PAR falls.
+
+Where a rank sends all of its tokens for an expert to one replica, a column is a rank that sends:
+every expert with replicas has as many columns as there are ranks, and an even division is only the
+start.
 """
 
 from __future__ import annotations
@@ -23,14 +27,16 @@ LEAST = 1e-5
 
 
 @njit(**FAST)
-def weigh_layer(tokens, index, placement, max_columns, columns):
-    """Plan the routing columns of one layer; its PAR with them, never above that of uniform ones.
+def weigh_layer(tokens, index, placement, max_columns, by_source, columns):
+    """Plan the routing columns of one layer; its PAR with them, never above that of the start.
 
     Args:
         tokens: float64[T, layers, E].
         index: of the layer.
         placement: int32[R, S].
         max_columns: columns that one expert may have, at least R.
+        by_source: whether a column is a rank that sends. The start is an even division then, so
+            far as whole ranks can be; otherwise it is uniform.
         columns: int16[R, S], filled; all 1 where uniform shares cannot be improved.
 
     Returns:
@@ -41,7 +47,10 @@ def weigh_layer(tokens, index, placement, max_columns, columns):
     scaled, idle = scale_heat(tokens, index, ranks)
     layer = new_layer(scaled, np.zeros((ranks, experts), np.int8), ranks, slots)
     settle(layer, placement)
-    return (weigh(layer, max_columns, columns, np.float32(LEAST * episodes)) + idle) / episodes
+    least = np.float32(LEAST * episodes)
+    if by_source:
+        return (weigh_sources(layer, columns, least) + idle) / episodes
+    return (weigh(layer, max_columns, columns, least) + idle) / episodes
 
 
 @njit(**FAST)
@@ -83,6 +92,36 @@ def weigh(layer, max_columns, columns, least):
             break
     columns[:] = chosen
     return best
+
+
+@njit(**FAST)
+def weigh_sources(layer, columns, least):
+    """`weigh` where the columns of an expert with replicas are the ranks that send to them."""
+    ranks, slots = layer.placement.shape
+    totals = np.ones(len(layer.counts), layer.counts.dtype)
+    turn = np.zeros(len(layer.counts), np.int64)
+    for rank in range(ranks):
+        for slot in range(slots):
+            expert = layer.placement[rank, slot]
+            count = layer.counts[expert]
+            columns[rank, slot] = 1
+            if count > 1:
+                totals[expert] = ranks
+                columns[rank, slot] = even_share(ranks, count, turn[expert])
+                turn[expert] += 1
+    _share_loads(layer, columns, totals)
+    for _ in range(ROUNDS):
+        _move_columns(layer, columns, totals, least)
+        if not _even_out(layer, columns, totals):
+            break
+    _share_loads(layer, columns, totals)
+    return peak(layer)
+
+
+@njit(**FAST)
+def even_share(ranks, count, turn):
+    """Of `ranks` that send to `count` replicas, those that send to the `turn`-th."""
+    return ranks // count + (turn < ranks % count)
 
 
 @njit(**FAST)

@@ -48,6 +48,9 @@ class Columns:
 class RowEngine:
     """Implements `loaders/engine.Engine` as far as a loader without weight updates asks."""
 
+    counts_own_slots = False
+    routes_by_source = False
+
     def __init__(self, placement: np.ndarray):
         self.placement = placement
         self.weights: list[Any] = []

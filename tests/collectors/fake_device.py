@@ -28,9 +28,9 @@ class FakeDevice:
         self.stream = deque()
         self.buffers = 0
 
-    def pinned(self, layers, columns):
+    def pinned(self, layers, columns, dtype):
         self.buffers += 1
-        return torch.full((layers, columns), -(10**6), dtype=torch.int32)
+        return torch.full((layers, columns), -(10**6), dtype=dtype)
 
     def copy(self, target, source):
         self.stream.append((target, source.clone()))

@@ -41,6 +41,7 @@ class FakeEngine:
         self.columns = np.ones_like(self.placement)
         self.buffer: list[torch.Tensor] = []
         self.communicators: list = []
+        self.counts_own_slots = self.routes_by_source = False
         self.loads = [torch.zeros((layers, ranks * slots), dtype=torch.int32)]
         self.weights: list[list[torch.Tensor]] = []
         for layer in range(layers):

@@ -135,6 +135,9 @@ class SimulatedStager:
 class SimulatedEngine:
     """Implements `engine.Engine`; `live` int32 [layers, slots, WIDTH] lies under its tensors."""
 
+    counts_own_slots = False
+    routes_by_source = False
+
     def __init__(self, placement: np.ndarray, live: np.ndarray):
         self.placement = placement
         self.live = live

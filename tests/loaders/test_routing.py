@@ -1,8 +1,8 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flash_eplb.loaders.routing import logical_to_physical
+from flash_eplb.loaders.routing import chosen_replicas, logical_to_physical
 
 
 @st.composite
@@ -68,3 +68,37 @@ def test_the_columns_of_a_slot_are_spread():
         for start in range(9 - width):
             found = np.bincount(table[0, start : start + width], minlength=3)
             assert (found <= np.ceil(width * np.array([4, 2, 2]) / 8) + 1).all()
+
+
+@given(placements(), st.randoms(use_true_random=False), st.booleans())
+def test_each_rank_sends_to_one_replica_and_ranks_divide_by_shares(case, random, uniform):
+    placement, experts = case
+    assume(all(len(set(held)) == len(held) for held in placement.tolist()))
+    cells = placement.ravel()
+    columns = np.array([random.randint(1, 9) for _ in cells]).reshape(placement.shape)
+    chosen = chosen_replicas(placement, experts, None if uniform else columns)
+    ranks, slots = placement.shape
+    assert chosen.shape == (ranks, experts)
+    assert chosen.dtype == np.int32
+    assert (cells[chosen] == np.arange(experts)).all()
+    shares = np.ones(cells.size) if uniform else columns.ravel()
+    for expert in range(experts):
+        held = np.flatnonzero(cells == expert)
+        senders = (chosen[:, expert, None] == held).sum(axis=0)
+        exact = ranks * shares[held] / shares[held].sum()
+        assert (np.abs(senders - exact) < 1).all()
+        for slot, count in zip(held, senders, strict=True):
+            if count:
+                assert chosen[slot // slots, expert] == slot  # nothing leaves a rank for nothing
+
+
+def test_a_replica_without_senders_gets_nothing_from_its_own_rank_either():
+    chosen = chosen_replicas(np.array([[0, 1], [0, 2]]), 3, np.array([[1, 1], [9, 1]]))
+    assert chosen.tolist() == [[2, 1, 3], [2, 1, 3]]
+
+
+def test_planned_senders_are_carried_out_to_the_rank():
+    placement = np.array([[0, 1], [0, 2], [0, 3], [4, 5]])
+    columns = np.array([[2, 1], [1, 1], [1, 1], [1, 1]])
+    chosen = chosen_replicas(placement, 6, columns)
+    assert chosen[:, 0].tolist() == [0, 2, 4, 0]

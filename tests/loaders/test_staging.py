@@ -215,7 +215,7 @@ def test_a_digest_is_that_of_the_bytes_in_order():
 
 def test_an_expert_tensor_without_contiguous_rows_is_refused():
     weights = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
-    with pytest.raises(ValueError, match=r"an expert tensor of shape \(2, 4, 3\) is not contig"):
+    with pytest.raises(ValueError, match=r"an expert tensor of shape \(4, 3\) is not contig"):
         slot_views([weights], 0)
     with pytest.raises(ValueError, match="is not contiguous"):
         digests([[weights]])
@@ -254,3 +254,64 @@ def test_rows_that_are_made_in_inference_mode_are_written_outside_it():
     with torch.inference_mode():
         staging = Staging([[torch.zeros(2, 3)]], 1)
     staging.views(0, 0)[0].copy_(torch.ones(12, dtype=torch.uint8))
+
+
+def listed(shapes, slots=3, layers=2, seed=0):
+    """Layers whose tensors are one per slot, of the (dtype, shape)s given."""
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        [
+            [torch.randint(-9, 9, shape, generator=rng).to(kind) for _ in range(slots)]
+            for kind, shape in shapes
+        ]
+        for _ in range(layers)
+    ]
+
+
+FORMS = [(torch.int8, (4, 6)), (torch.float32, (4,)), (torch.bfloat16, (6, 4)), (torch.int32, ())]
+
+
+def test_tensors_of_their_own_travel_as_they_are():
+    weights = listed(FORMS)
+    views = slot_views(weights[1], 2)
+    assert [view.data_ptr() for view in views] == [stack[2].data_ptr() for stack in weights[1]]
+    staging = Staging(weights, 2)
+    for staged, view in zip(staging.views(1, 1), views, strict=True):
+        assert (staged.shape, staged.dtype) == (view.shape, view.dtype)
+        staged.copy_(view)
+    assert row_digest(staging.views(1, 1)) == row_digest(views)
+    assert row_bytes(weights) == (24 + 16 + 48 + 4,) * 2
+    assert staging.nbytes == 2 * row_bytes(weights)[0]  # layers of one form share rows
+    other = [row_digest(slot_views(weights[0], slot)) for slot in range(3)]
+    assert row_digest(views) not in other
+
+
+def test_the_dimensions_of_a_dense_tensor_travel_in_the_order_of_memory():
+    weights = [[[torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)]]]
+    (view,) = slot_views(weights[0], 0)
+    assert view.is_contiguous()
+    assert view.data_ptr() == weights[0][0][0].data_ptr()
+    assert view.flatten().tolist() == list(range(24))
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) and stride \(4, 2\) has gaps"):
+        slot_views([[torch.arange(12.0).view(3, 4)[:, ::2]]], 0)
+
+
+def test_an_engines_buffer_of_tensors_serves_as_rows_if_all_layers_are_alike():
+    weights, (buffer,) = listed(FORMS), listed(FORMS, slots=2, layers=1, seed=1)
+    staging = Staging(weights, 3, buffer)
+    assert staging.borrowed == 2
+    assert staging.views(1, 0)[0].data_ptr() == buffer[0][1].data_ptr()
+    assert staging.nbytes == row_bytes(weights)[0]
+    mixed = [*weights, *listed(FORMS[:2], layers=1)]
+    assert Staging(mixed, 3, buffer).borrowed == 0
+    assert Staging(weights, 3, [torch.zeros(2, 92, dtype=torch.uint8)]).borrowed == 0
+    own = Staging(mixed, 1)
+    assert [view.dtype for view in own.views(0, 2)] == [torch.int8, torch.float32]
+
+
+def test_slots_of_tensors_of_their_own_change_places():
+    weights = listed(FORMS, layers=1)[0]
+    before = [row_digest(slot_views(weights, slot)) for slot in range(3)]
+    reorder_slots(weights, np.array([5, 6, 7]), np.array([7, 5, 6]))
+    after = [row_digest(slot_views(weights, slot)) for slot in range(3)]
+    assert after == [before[2], before[0], before[1]]

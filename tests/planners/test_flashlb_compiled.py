@@ -86,7 +86,7 @@ def test_other_threads_run_while_a_kernel_does():
     placement = initial(1, 64, 6, 128)[0]
     columns = np.zeros(placement.shape, np.int16)
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(weigh_layer, heat, 0, placement, 1024, columns)
+        future = pool.submit(weigh_layer, heat, 0, placement, 1024, False, columns)
         seen = set()
         while not future.done():
             seen.add(columns.tobytes())

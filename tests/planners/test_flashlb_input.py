@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
         ("ranks_per_node", 0, "it must be a whole number of at least 1"),
         ("effort", "slow", "it must be one of fast, balanced, thorough"),
         ("effort", None, "it must be one of fast, balanced, thorough"),
-        ("routing", "x", "it must be one of uniform, weighted"),
+        ("routing", "x", "it must be one of uniform, weighted, by_source"),
         ("max_columns", 3, "it must be a whole number of at least 4"),
         ("max_columns", 1024.0, "it must be a whole number of at least 4"),
         ("threads", 0, "it must be a whole number of at least 1"),
