@@ -84,7 +84,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     """
     import uvloop
 
-    from ..planners.expert_map import read_map
+    from ..planners.expert_map import SavedPlacement, read_map
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
 
@@ -105,6 +105,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
             config.ranks_per_node or None,
             make_recorder=record,
             initial=initial,
+            saved=SavedPlacement(config.save_placement),
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):

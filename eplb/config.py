@@ -102,6 +102,10 @@ class Config(BaseSettings):
         "",
         description="expert map (JSON) that the planner brings a new engine to; empty: none",
     )
+    save_placement: str = Field(
+        "",
+        description="expert map (JSON) that the planner writes after each plan; empty: none",
+    )
     record: str = Field(
         "", description="folder that the planner records heat and plans in; empty: none"
     )
@@ -159,7 +163,7 @@ def allowed(name: str) -> str:
         return "auto, gloo, nccl, hccl or engine"
     if name == "record":
         return "the path of a folder, or nothing"
-    if name == "initial_placement":
+    if name in ("initial_placement", "save_placement"):
         return "the path of a file, or nothing"
     if name == "effort":
         return "fast, balanced or thorough"

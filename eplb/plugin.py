@@ -41,9 +41,17 @@ def register() -> None:
             cpu_patches.install()
         if config.enabled:
             configure(config.log_level)
-            from . import vllm_state
+            from . import ascend, vllm_state
 
+            if name := ascend.left_out_plugin(os.environ.get("VLLM_PLUGINS")):
+                log.error(
+                    "VLLM_PLUGINS=%s leaves out %r, the platform plug-in of vLLM-Ascend, so vLLM "
+                    "does not find its NPUs: add it to the list",
+                    os.environ["VLLM_PLUGINS"],
+                    name,
+                )
             vllm_state.install(config)
+            ascend.install(config)
             _sweep_at_exit(config.session)
     except Exception:
         configure(config.log_level)
@@ -57,10 +65,10 @@ def _sweep_at_exit(session: str) -> None:
     worker removes its own names; it does not wait for the others.
     """
     from ..ipc.session import sweep
-    from . import vllm_state
+    from .balanced import is_worker
 
     def finish() -> None:
-        if not vllm_state.is_worker():
+        if not is_worker():
             sweep(session, _PATIENCE)
 
     weakref.finalize(_process, finish)

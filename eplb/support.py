@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..loaders.staging import Stack, slot_views
 from .derived import left_behind
 
 
@@ -61,18 +62,25 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
             )
         for layer, tensors in enumerate(state.model.expert_weights):
             for tensor in tensors:
-                if tensor.shape[0] != physical // ranks or not tensor[0].is_contiguous():
+                if len(tensor) != physical // ranks or not _travels(tensor):
                     return (
-                        f"{state.model_name}: an expert tensor of layer {layer} has shape "
-                        f"{tuple(tensor.shape)} and stride {tensor.stride()}, which cannot be "
-                        f"moved row by row ({physical // ranks} slots)"
+                        f"{state.model_name}: an expert tensor of layer {layer} has {len(tensor)} "
+                        f"rows of shape {tuple(tensor[0].shape)} and stride {tensor[0].stride()}, "
+                        f"which cannot be moved row by row ({physical // ranks} slots)"
                     )
         for number, layer in enumerate(getattr(state.model, "moe_layers", ())):
             held = getattr(layer, "routed_experts", layer)
-            moved = list(state.model.expert_weights[number])
+            moved = [row for stack in state.model.expert_weights[number] for row in stack]
             if name := left_behind(held, moved, physical // ranks):
                 return (
                     f"{state.model_name}: {name} of MoE layer {number} has a row for each expert "
                     "and vLLM does not hand it out: it would stay behind when experts move"
                 )
     return ""
+
+
+def _travels(stack: Stack) -> bool:
+    try:
+        return bool(slot_views([stack], 0))
+    except ValueError:
+        return False

@@ -19,7 +19,9 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.parallel_state import get_ep_group
+from vllm.platforms import current_platform
 
+from . import ascend, ascend_v2, balanced
 from .config import Config
 from .hooks import call_before
 from .phases import phase_of, show_batches
@@ -27,15 +29,18 @@ from .support import unsupported_mode, unsupported_model
 from .updates import follow_updates
 
 if TYPE_CHECKING:
+    from ..loaders.vllm_engine import VllmEngine
     from .worker import Worker
 
 log = logging.getLogger("flash_eplb.worker")
 
 
-class FlashEplbState(EplbState):
-    """vLLM's EPLB state with the balancing done by us."""
+class FlashState:
+    """An EPLB state with the balancing done by us; stands before vLLM's class or a derived one."""
 
     config: Config
+    model_states: Any
+    parallel_config: Any
     worker: Worker | None = None
     inert = ""
     batch: Any = None
@@ -43,7 +48,7 @@ class FlashEplbState(EplbState):
 
     def add_model(self, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
         """Upstream's registration; its asynchronous worker is not used."""
-        super().add_model(model, model_config, *args, **kwargs)
+        super().add_model(model, model_config, *args, **kwargs)  # type: ignore[misc]
         self.is_async = False
         self._main_model = model_config  # a drafter registers before the main model
         try:
@@ -58,7 +63,8 @@ class FlashEplbState(EplbState):
         self, model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Upstream's, and the main model's forward passes are counted."""
-        super().prepare_forward(model_config, num_unpadded_tokens, *args, **kwargs)
+        upstream = super().prepare_forward  # type: ignore[misc]
+        upstream(model_config, num_unpadded_tokens, *args, **kwargs)
         if self.worker is not None and model_config is self._main_model:
             self.worker.forward(int(num_unpadded_tokens))
 
@@ -82,48 +88,29 @@ class FlashEplbState(EplbState):
         coordinator = get_ep_group()
         ranks = coordinator.world_size
         self._agreed = True
-        reasons: list[str] = [""] * ranks
         mine = self.inert or unsupported_model(states, ranks)
-        torch.distributed.all_gather_object(reasons, mine, group=coordinator.cpu_group)
-        if any(reasons):
-            self.inert = next(filter(None, reasons))
+        self.inert = balanced.agree(coordinator.cpu_group, mine)
+        if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
-        from ..loaders.vllm_engine import VllmEngine
-        from .group import Group
         from .worker import Worker
 
-        engine = VllmEngine(states, ranks)
-        tensor_parallel = self.parallel_config.tensor_parallel_size
-        group = Group(
-            rank=coordinator.rank_in_group,
-            ranks=ranks,
-            cpu_group=coordinator.cpu_group,
-            store=torch.distributed.distributed_c10d._get_default_store(),
-            counting=tuple(range(0, ranks, tensor_parallel)),
-            patience=_patience(coordinator.cpu_group),
-        )
+        engine = self._make_engine(states, coordinator)
+        every = 1 if engine.counts_own_slots else self.parallel_config.tensor_parallel_size
+        group = balanced.group_of(coordinator, tuple(range(0, ranks, every)))
         experts = states[-1].logical_replica_count.shape[1]
         self.worker = Worker(self.config, group, engine, engine.models, experts)
         if not is_dummy:
             self.worker.forward(0)  # the pass that this first step ends
 
+    def _make_engine(self, states: list[Any], coordinator: Any) -> VllmEngine:
+        from ..loaders.vllm_engine import VllmEngine
 
-def _patience(group: Any) -> float:
-    """Seconds after which a collective of `group` fails; torch's default where it does not say."""
-    try:
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
-    except (AttributeError, RuntimeError):
-        timeout = torch.distributed.constants.default_pg_timeout
-    return timeout.total_seconds()
+        return VllmEngine(states, coordinator.world_size)
 
 
-_states: list[FlashEplbState] = []
-
-
-def is_worker() -> bool:
-    """Whether this process has built an EPLB state, that is, runs a rank."""
-    return bool(_states)
+class FlashEplbState(FlashState, EplbState):
+    """vLLM's EPLB state with the balancing done by us."""
 
 
 def _settle(runner: Any) -> None:
@@ -131,20 +118,6 @@ def _settle(runner: Any) -> None:
     worker = getattr(getattr(runner, "eplb_state", None), "worker", None)
     if worker is not None:
         worker.settle()
-
-
-def _begin_update() -> bool:
-    opened = False
-    for state in _states:
-        if state.worker is not None:
-            opened |= state.worker.begin_update()
-    return opened
-
-
-def _end_update() -> None:
-    for state in _states:
-        if state.worker is not None:
-            state.worker.end_update()
 
 
 def install(config: Config) -> None:
@@ -164,17 +137,23 @@ def install(config: Config) -> None:
         )
 
     def new(cls: type[EplbState], *args: Any, **kwargs: Any) -> EplbState:
-        if cls is not EplbState:
+        is_ascend = ascend_v2.is_state(cls)
+        if cls is not EplbState and not is_ascend:
             return object.__new__(cls)
-        reason = _reason(*args, **kwargs)
+        reason = ascend_v2.reason(*args, **kwargs) if is_ascend else _reason(*args, **kwargs)
         if reason:
             log.error("flash_eplb does not balance: %s; vLLM serves on without it", reason)
             return object.__new__(cls)
-        state = object.__new__(FlashEplbState)
+        made: Any = cls
+        ours: Any = ascend_v2.state_class(made) if is_ascend else FlashEplbState
+        state: Any = object.__new__(ours)
         state.config = config
-        _states.append(state)
+        balanced.add(state)
+        if is_ascend:
+            ascend_v2.follow(_settle)
+            return state
         if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
-            follow_updates(module.Worker, _begin_update, _end_update)
+            follow_updates(module.Worker, balanced.begin_update, balanced.end_update)
         if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
             show_batches(module.GPUModelRunner)
             call_before(module.GPUModelRunner, "_dummy_run", _settle)
@@ -193,10 +172,13 @@ def _warn_where_eplb_is_off() -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = original(self, *args, **kwargs)
-        if not made.parallel_config.enable_eplb:
-            log.warning(
-                "EPLB_ENABLED is set, but vLLM runs without --enable-eplb: nothing is balanced"
-            )
+        if made.parallel_config.enable_eplb:
+            return made
+        without = "vLLM runs without --enable-eplb"
+        if current_platform.device_type == "npu" and not made.use_v2_model_runner:
+            without = ascend.is_off(made)
+        if without:
+            log.warning("EPLB_ENABLED is set, but %s: nothing is balanced", without)
         return made
 
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from ..ipc.status import Field, State
 from . import guard
 from .delivery import Delivery, Progress
 from .episodes import EpisodeWindow
-from .expert_map import ExpertMap
+from .expert_map import ExpertMap, SavedPlacement
 from .group import Group
 from .guard import Guard, Proposal
 from .initial import InitialPlacement
@@ -59,6 +59,7 @@ class EngineLoop:
         recorder: told of what is read and done; None records nothing.
         initial: placement that an engine is brought to before any heat is planned on, if it has
             committed nothing yet.
+        saved: told of the placement after each plan that was committed.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class EngineLoop:
         ranks_per_node: int | None = None,
         recorder: NoRecorder | None = None,
         initial: ExpertMap | None = None,
+        saved: SavedPlacement | None = None,
     ):
         shape = group.shape
         self._group = group
@@ -81,6 +83,7 @@ class EngineLoop:
         self._executor = executor
         self._wake = wake
         self._recorder = recorder or NoRecorder()
+        self._saved = saved or SavedPlacement()
         self._window = EpisodeWindow(
             shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
         )
@@ -300,6 +303,8 @@ class EngineLoop:
         self._delivery = None
         self._epoch = -1
         self._read_boards()
+        if progress is Progress.DONE and self._epoch >= 0:
+            self._saved.save(self._placement)
         self._plan_later()
 
 

@@ -7,6 +7,7 @@ See docs/planning.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 from msgspec import Meta
 
 from ..ipc.placement import PlacementError, check_placement
+
+log = logging.getLogger("flash_eplb.planner")
 
 _MOST_EXPERTS = 2**15 - 1
 
@@ -92,6 +95,37 @@ def encode_map(placement: np.ndarray) -> str:
     ]
     encoded = msgspec.json.encode(_File(len(layers), layers))
     return msgspec.json.format(encoded, indent=1).decode() + "\n"
+
+
+class SavedPlacement:
+    """The file of EPLB_SAVE_PLACEMENT: the placement of an engine, after each plan.
+
+    Args:
+        path: of the file; "" saves nothing.
+    """
+
+    def __init__(self, path: str = ""):
+        self._path = path
+        self._failed = False
+
+    def save(self, placement: np.ndarray) -> None:
+        """Replace the file as a whole; says once if that fails, for it is of use to nobody now."""
+        if not self._path:
+            return
+        beside = Path(f"{self._path}.new")
+        try:
+            beside.write_text(encode_map(placement))
+            beside.replace(self._path)
+        except OSError as error:
+            if not self._failed:
+                log.error(
+                    "EPLB_SAVE_PLACEMENT=%s cannot be written: %s; balancing goes on without it",
+                    self._path,
+                    error.strerror,
+                )
+            self._failed = True
+            return
+        self._failed = False
 
 
 def _remedy(path: str | Path) -> str:

@@ -23,7 +23,7 @@ from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
-from .expert_map import ExpertMap
+from .expert_map import ExpertMap, SavedPlacement
 from .group import Group
 from .policy import Policy
 from .recorder import MakeRecorder, NoRecorder
@@ -48,6 +48,7 @@ class Planner:
         ranks_per_node: consecutive ranks that share a node; None if all do.
         make_recorder: called with the engine's shape; None records nothing.
         initial: placement that an engine which has committed nothing is brought to first.
+        saved: told of an engine's placement after each plan.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Planner:
         ranks_per_node: int | None = None,
         make_recorder: MakeRecorder | None = None,
         initial: ExpertMap | None = None,
+        saved: SavedPlacement | None = None,
     ):
         self._session = session
         self._make_policy = make_policy
@@ -67,6 +69,7 @@ class Planner:
         self._ranks_per_node = ranks_per_node
         self._make_recorder = make_recorder or (lambda shape: NoRecorder())
         self._initial = initial
+        self._saved = saved
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
@@ -163,6 +166,7 @@ class Planner:
                 self._ranks_per_node,
                 recorder,
                 self._initial,
+                self._saved,
             )
             while not self._stopping.is_set() and group.is_alive():
                 await self._next_bell(bell)

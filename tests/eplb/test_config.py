@@ -37,6 +37,7 @@ DEFAULTS = {
     "patrol_steps": 64,
     "ring_steps": 256,
     "initial_placement": "",
+    "save_placement": "",
     "record": "",
     "record_mb": 1024,
     "log_level": "INFO",
@@ -155,7 +156,7 @@ def test_a_policy_is_a_name_of_ours_or_of_an_entry_point(environment):
 
 def test_all_wrong_values_are_reported_together(environment):
     wrong = dict.fromkeys(
-        DEFAULTS.keys() - {"record", "initial_placement"}, "?"
+        DEFAULTS.keys() - {"record", "initial_placement", "save_placement"}, "?"
     )  # paths may be anything
     for name, value in wrong.items():
         environment.setenv(variable(name), value)

@@ -69,5 +69,7 @@ def test_models_that_cannot_be_moved_are_refused_by_name():
     assert "5 slots on a rank for 4 experts" in unsupported_model([state(experts=4)], ranks=2)
     strided = state(weights=[[torch.zeros(6, 5).t()]])
     assert "cannot be moved row by row" in unsupported_model([strided], ranks=2)
+    listed = state(weights=[[[torch.zeros(6, 4).t()] * 5]])
+    assert unsupported_model([listed], ranks=2) == ""
     short = state(weights=[[torch.zeros(4, 6)]])
-    assert "shape (4, 6)" in unsupported_model([short], ranks=2)
+    assert "has 4 rows of shape (6,)" in unsupported_model([short], ranks=2)

@@ -29,6 +29,7 @@ class FakeEngine:
         rows=4,
         own=False,
         ring=64,
+        by_source=False,
     ):
         self.shape = GroupShape(
             models=(ModelShape("fake", layers),),
@@ -40,6 +41,7 @@ class FakeEngine:
             staging_rows=rows,
             ring_slots=ring,
             counts_own_slots=own,
+            routes_by_source=by_source,
         )
         self.flags = 0
         self.ranks = [RankSegment.create(session, self.shape, rank, 3) for rank in range(ranks)]

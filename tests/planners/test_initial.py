@@ -9,7 +9,7 @@ from fake_engine import FakeEngine
 from test_planner import OTHER, PACE, SKEWED, run, until
 
 from flash_eplb.planners.baselines import Static
-from flash_eplb.planners.expert_map import ExpertMap
+from flash_eplb.planners.expert_map import ExpertMap, SavedPlacement, read_map
 from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.guard import Guard
 from flash_eplb.planners.planner import Planner
@@ -260,3 +260,53 @@ def test_it_is_recorded_as_any_plan(session, engine, tmp_path):
     assert recording.header["row_bytes"] == [64, 64]
     placements = {epoch: placement for (_, epoch), placement in recording.placements().items()}
     assert (placements[engine.epoch] == engine.placement).all()
+
+
+def test_the_placement_is_saved_after_each_plan(session, engine, tmp_path):
+    path = tmp_path / "saved.json"
+
+    async def scenario():
+        saved = SavedPlacement(str(path))
+        async with planning(session, policy=FlashLB, saved=saved):
+            await until(engine, path.exists)
+            assert is_reached(engine)
+            assert (read_map(path).placement == engine.placement).all()
+            await until(engine, lambda: not is_reached(engine), OTHER)
+            await until(engine, lambda: not (read_map(path).placement == WANTED).all(), OTHER)
+        assert (read_map(path).placement == engine.placement).all()
+        assert [file.name for file in tmp_path.iterdir()] == ["saved.json"]
+
+    run(scenario())
+
+
+def test_a_placement_that_cannot_be_saved_is_complained_about_once(tmp_path, caplog):
+    path = tmp_path / "absent" / "saved.json"
+    saved = SavedPlacement(str(path))
+    for _ in range(2):
+        saved.save(WANTED)
+    assert [each.getMessage() for each in caplog.records] == [
+        f"EPLB_SAVE_PLACEMENT={path} cannot be written: No such file or directory; balancing goes "
+        "on without it"
+    ]
+    path.parent.mkdir()
+    saved.save(WANTED)
+    assert (read_map(path).placement == WANTED).all()
+
+
+def test_an_engine_whose_ranks_pick_replicas_gets_senders_as_columns(session):
+    engine = FakeEngine(session, ranks=4, slots=3, own=True, by_source=True)
+    try:
+
+        async def scenario():
+            async with planning(session, np.sort(engine.placement), FlashLB):
+                await until(engine, lambda: engine.columns is not None)
+            layer = int(engine.moves["layer"][0])
+            replicas = np.bincount(engine.placement[layer].ravel())
+            senders = np.bincount(engine.placement[layer].ravel(), engine.columns[0].ravel())
+            assert set(senders[replicas > 1]) <= {4, *replicas[replicas > 1].tolist()}
+            assert 4 in senders[replicas > 1]
+            assert (senders[replicas == 1] == 1).all()
+
+        run(scenario())
+    finally:
+        engine.close()

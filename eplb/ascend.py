@@ -1,0 +1,281 @@
+"""The hooks in vLLM-Ascend: our updator in its model runner V1, our state in its runner V2.
+
+Its modules cannot be imported before its worker has patched vLLM, so what hangs on them is hooked
+when a worker is made: vLLM-Ascend's derives from vLLM's, whose beginning we follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from . import balanced
+from .config import Config
+from .hooks import Method, call_before, wrap_once
+from .phases import phase_of
+from .updates import follow_updates
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+log = logging.getLogger("flash_eplb.worker")
+
+UPDATOR = "vllm_ascend.eplb.eplb_updator"
+RUNNER = "vllm_ascend.worker.model_runner_v1"
+WORKER = "vllm_ascend.worker.worker"
+
+NEEDED = {
+    "EplbUpdator": ("set_adaptor", "warm_up_eplb", "forward_before", "forward_end", "shutdown"),
+    "VllmEplbAdaptor": ("init_expert_param_per_layer", "init_buffer_tensor"),
+}
+"""Methods without which the classes of `UPDATOR` are not those that we know."""
+
+OF_LAYER = ("moe_load", "global_expert_map", "get_log2phy_map", "ep_rank")
+OF_ADAPTOR = (
+    "moe_layers",
+    "expert_param_per_layer",
+    "expert_weight_key_per_layer",
+    "buffer_tensor_list",
+)
+
+
+class FlashUpdator:
+    """vLLM-Ascend's `EplbUpdator` with the balancing done by us: see `updator_class`.
+
+    The runner tells it of each pass (`follow_runner`), whether it is a dummy one.
+    """
+
+    config: Config
+    worker: Worker | None = None
+    is_dummy = False
+    tokens = 0
+    batch: Any = None
+    inert = ""
+
+    def __init__(self, eplb_config: Any, loader: Any, eplb_process: Any, process: Any):
+        super().__init__(eplb_config, loader, eplb_process, process)  # type: ignore[call-arg]
+        self.shutdown()  # type: ignore[attr-defined]  # its planner process; ours is another
+        if eplb_config.expert_map_record_path is not None:
+            log.warning(
+                "expert_map_record_path=%s does nothing with flash_eplb: set "
+                "EPLB_SAVE_PLACEMENT for the planner",
+                eplb_config.expert_map_record_path,
+            )
+
+    def warm_up_eplb(self) -> None:
+        """Once the layers are there, on all ranks: agree to balance them, or not to."""
+        from ..ipc.rank_segment import warmup
+        from ..loaders.ascend_engine import AscendEngine
+        from .worker import Worker
+
+        coordinator = self.comm_group  # type: ignore[attr-defined]
+        adaptor = self.adaptor  # type: ignore[attr-defined]
+        engines: list[AscendEngine] = []
+        reason = unsupported_layers(adaptor)
+        try:
+            if not reason:
+                warmup()
+                engines.append(AscendEngine(adaptor, coordinator.rank_in_group))
+        except Exception as error:
+            log.exception("flash_eplb does not fit the layers of this rank")
+            reason = f"{type(error).__name__}: {error}"
+        self.inert = balanced.agree(coordinator.cpu_group, reason)
+        if self.inert:
+            log.error(
+                "flash_eplb does not balance: %s; vLLM-Ascend serves on, unbalanced", self.inert
+            )
+            return
+        group = balanced.group_of(coordinator, tuple(range(coordinator.world_size)))
+        models = [("model", len(adaptor.moe_layers))]
+        experts = adaptor.moe_layers[0].global_expert_map.shape[1]
+        self.worker = Worker(self.config, group, engines[0], models, experts)
+
+    def forward_before(self) -> None:
+        """A forward pass is about to run."""
+        if self.worker is None:
+            return
+        if self.is_dummy:
+            self.worker.settle()
+        else:
+            self.worker.forward(self.tokens)
+
+    def forward_end(self, eplb_heat_collection_status: bool = True) -> None:
+        """The forward pass is over; where the layers have not counted, there is no heat."""
+        if self.worker is not None:
+            self.worker.step(self.is_dummy, 0 if self.is_dummy else phase_of(self.batch))
+        elif not self.inert:
+            self.inert = "the model runner has not called eplb_warmup before its first pass"
+            log.error("flash_eplb does not balance: %s", self.inert)
+
+
+@functools.cache
+def updator_class(base: Any) -> type:
+    """Our updator, derived from vLLM-Ascend's `EplbUpdator`."""
+    return type("FlashEplbUpdator", (FlashUpdator, base), {})
+
+
+def install(config: Config) -> None:
+    """Let vLLM-Ascend's model runner V1 be balanced by us, as soon as its worker is made."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    call_before(WorkerBase, "__init__", lambda _: hook_runner_v1(config))
+
+
+def hook_runner_v1(config: Config) -> None:
+    """Let every new `EplbUpdator` be ours, unless its mode is not supported; only once."""
+    module = sys.modules.get(UPDATOR)
+    if module is None or "__new__" in vars(module.EplbUpdator):
+        return
+    if missing := missing_names(module):
+        log.error("flash_eplb does not balance: this vLLM-Ascend has no %s", ", ".join(missing))
+        return
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        reason = unsupported_group(_parallel_config(), _ascend_config())
+        if reason:
+            log.error(
+                "flash_eplb does not balance: %s; vLLM-Ascend's own balancer stays in charge",
+                reason,
+            )
+            return object.__new__(cls)
+        updator: Any = object.__new__(updator_class(cls))
+        updator.config = config
+        balanced.add(updator)
+        return updator
+
+    module.EplbUpdator.__new__ = staticmethod(new)
+    if runner := sys.modules.get(RUNNER):
+        follow_runner(runner.NPUModelRunner)
+    if worker := sys.modules.get(WORKER):
+        follow_updates(worker.NPUWorker, balanced.begin_update, balanced.end_update)
+
+
+def missing_names(module: Any) -> list[str]:
+    """What the classes of `UPDATOR` lack of what we hook or read."""
+    return [
+        f"{name}.{method}"
+        for name, methods in NEEDED.items()
+        for method in methods
+        if not callable(getattr(getattr(module, name, None), method, None))
+    ]
+
+
+def unsupported_group(parallel_config: Any, ascend_config: Any = None) -> str:
+    """Why a group of vLLM-Ascend's cannot be balanced, whatever its layers; "" if it can.
+
+    Args:
+        parallel_config: vLLM's; None if it is not known here.
+        ascend_config: vLLM-Ascend's; None if it is not known here.
+    """
+    if getattr(ascend_config, "mix_placement", False):
+        return (
+            "mix_placement: shared experts stand among the routed ones, each on the rank that "
+            "uses it"
+        )
+    if parallel_config is None:
+        return ""
+    if parallel_config.pipeline_parallel_size > 1:
+        return (
+            f"pipeline parallelism (pipeline_parallel_size="
+            f"{parallel_config.pipeline_parallel_size}): one planner for the groups of several "
+            "stages is not supported yet"
+        )
+    if getattr(parallel_config, "enable_elastic_ep", False):
+        return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
+    if getattr(parallel_config, "enable_dbo", False):
+        return "dual batch overlap (enable_dbo): two half batches run at once"
+    return ""
+
+
+def unsupported_layers(adaptor: Any) -> str:
+    """Why the layers of a `VllmEplbAdaptor` cannot be balanced; "" if they can."""
+    if missing := [name for name in OF_ADAPTOR if not hasattr(adaptor, name)]:
+        return f"this vLLM-Ascend's VllmEplbAdaptor has no {', '.join(missing)}"
+    layers = list(adaptor.moe_layers)
+    if not layers:
+        return "no mixture-of-experts layer was registered"
+    for number, layer in enumerate(layers):
+        if missing := [name for name in OF_LAYER if not hasattr(layer, name)]:
+            return f"MoE layer {number} of this vLLM-Ascend has no {', '.join(missing)}"
+        if layer.get_log2phy_map() is None or layer.global_expert_map is None:
+            return f"MoE layer {number} routes by no table, so its experts cannot move"
+        if layer.global_expert_map.shape != layers[0].global_expert_map.shape:
+            return (
+                f"MoE layer {number} has an expert map of shape "
+                f"{tuple(layer.global_expert_map.shape)} and layer 0 one of "
+                f"{tuple(layers[0].global_expert_map.shape)}"
+            )
+    if len(layers[0].global_expert_map) == 1:
+        return "an EP group of one rank: there is nothing to balance"
+    return ""
+
+
+def follow_runner(runner_class: type) -> None:
+    """Let `runner_class` tell its updator, if it is ours, of its batch and of dummy passes."""
+
+    def real(original: Method) -> Method:
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            updator = getattr(self, "eplb_updator", None)
+            if isinstance(updator, FlashUpdator):
+                updator.tokens = int(scheduler_output.total_num_scheduled_tokens)
+                updator.batch = self.input_batch
+            return original(self, scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    def dummy(original: Method) -> Method:
+        def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            updator = getattr(self, "eplb_updator", None)
+            if not isinstance(updator, FlashUpdator):
+                return original(self, *args, **kwargs)
+            updator.is_dummy = True
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                updator.is_dummy = False
+
+        return _dummy_run
+
+    wrap_once(runner_class, "execute_model", real)
+    wrap_once(runner_class, "_dummy_run", dummy)
+
+
+def _parallel_config() -> Any:
+    from vllm.config import get_current_vllm_config_or_none
+
+    return getattr(get_current_vllm_config_or_none(), "parallel_config", None)
+
+
+def _ascend_config() -> Any:
+    module = sys.modules.get("vllm_ascend.ascend_config")
+    return None if module is None else module.get_ascend_config()
+
+
+def left_out_plugin(allowed: str | None) -> str:
+    """Name of Ascend's platform plug-in if it is installed and `VLLM_PLUGINS` leaves it out.
+
+    Args:
+        allowed: the value of the variable; None if it is unset, which lets all in.
+    """
+    if allowed is None:
+        return ""
+    names = {name.strip() for name in allowed.split(",")}
+    for entry in entry_points(group="vllm.platform_plugins"):
+        if entry.value.startswith("vllm_ascend") and entry.name not in names:
+            return entry.name
+    return ""
+
+
+def is_off(vllm_config: Any) -> str:
+    """What of vLLM-Ascend's settings keeps its model runner V1 from balancing; "" if nothing."""
+    additional = vllm_config.additional_config or {}
+    settings = additional.get("eplb_config", {}) if isinstance(additional, dict) else {}
+    if settings.get("dynamic_eplb") or settings.get("expert_map_record_path"):
+        return ""
+    return (
+        'vLLM-Ascend runs without {"eplb_config": {"dynamic_eplb": true}} in --additional-config '
+        "(and DYNAMIC_EPLB=true in the environment)"
+    )

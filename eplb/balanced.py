@@ -1,0 +1,72 @@
+"""What of this process is balanced: the objects in serving engines through which we do it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from .group import Group
+
+
+class Balanced(Protocol):
+    """An engine's EPLB object that is ours; `worker` is its `Worker`, or None as yet."""
+
+    worker: Any
+
+
+_balanced: list[Balanced] = []
+
+
+def add(state: Balanced) -> None:
+    """`state` has been made in this process, which therefore runs a rank."""
+    _balanced.append(state)
+
+
+def is_worker() -> bool:
+    """Whether this process runs a rank."""
+    return bool(_balanced)
+
+
+def begin_update() -> bool:
+    """See `Worker.begin_update`: of all workers of this process."""
+    opened = False
+    for state in _balanced:
+        if state.worker is not None:
+            opened |= state.worker.begin_update()
+    return opened
+
+
+def end_update() -> None:
+    """See `Worker.end_update`: of all workers of this process."""
+    for state in _balanced:
+        if state.worker is not None:
+            state.worker.end_update()
+
+
+def agree(group: torch.distributed.ProcessGroup, reason: str) -> str:
+    """The first reason that any rank of `group` has not to balance; "" if none has one."""
+    reasons: list[str] = [""] * group.size()
+    torch.distributed.all_gather_object(reasons, reason, group=group)
+    return next(filter(None, reasons), "")
+
+
+def group_of(coordinator: Any, counting: tuple[int, ...]) -> Group:
+    """The EP group of vLLM's `GroupCoordinator`; `counting` is that of `GroupShape`."""
+    return Group(
+        rank=coordinator.rank_in_group,
+        ranks=coordinator.world_size,
+        cpu_group=coordinator.cpu_group,
+        store=torch.distributed.distributed_c10d._get_default_store(),
+        counting=counting,
+        patience=_patience(coordinator.cpu_group),
+    )
+
+
+def _patience(group: Any) -> float:
+    """Seconds after which a collective of `group` fails; torch's default where it does not say."""
+    try:
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        timeout = torch.distributed.constants.default_pg_timeout
+    return timeout.total_seconds()
