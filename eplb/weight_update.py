@@ -108,7 +108,7 @@ class WeightUpdate:
 
     def _meet(self, what: str, step: int) -> None:
         group = self._group
-        name = f"flash_eplb/update/{self._updates}/{step}/{what}"
+        name = f"update/{self._updates}/{step}/{what}"
         try:
             meet(group.store, name, group.rank, group.ranks, PATIENCE)
         except MeetingError as error:

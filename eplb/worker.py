@@ -11,10 +11,12 @@ import logging
 import secrets
 import socket
 import time
+from dataclasses import replace
 from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
@@ -173,6 +175,8 @@ class Worker:
         self._started = True
         try:
             generation = self._agree()
+            store = dist.PrefixStore(f"flash_eplb/{generation}", self._group.store)
+            self._group = replace(self._group, store=store)  # a group before us left keys there
             self._reference = take_reference(self._group, self._engine, self._shape.experts)
             Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)

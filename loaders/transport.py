@@ -97,7 +97,7 @@ class PeerToPeer:
         if epoch == self._epoch:
             return
         self.disconnect()
-        store = dist.PrefixStore(f"flash_eplb/transport/{epoch}", self._store)
+        store = dist.PrefixStore(f"transport/{epoch}", self._store)
         group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
         group.barrier().wait()
         self._group, self._epoch = group, epoch
