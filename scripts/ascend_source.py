@@ -21,6 +21,7 @@ SETTINGS = {"COMPILE_CUSTOM_KERNELS": "0", "SOC_VERSION": "ascend910b1"}
 
 
 def main(version: str, folder: str) -> int:
+    """Print where the sources of `version` are under `folder`; returns the exit code."""
     name = f"vllm_ascend-{version}"
     target = Path(folder).resolve()
     root, done = target / name, target / name / ".unpacked"

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,7 @@ def source():
 
 @pytest.fixture
 def run_ranks(session, tmp_path):
-    """`run_ranks(script, root, version, ranks, *cases)` runs a rank script on all ranks."""
+    """`run_ranks(script, root, version, ranks, *cases)` gives the log of each rank of a script."""
 
     def run(script, root, version, ranks, *cases):
         environment = {
@@ -51,29 +53,24 @@ def run_ranks(session, tmp_path):
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        shared = (tmp_path / "store", f"{session}.", tmp_path)
-        started = []
-        for rank in range(ranks):
-            command = [sys.executable, HERE / script, root, version, rank, ranks]
-            command += [shared[0], session, shared[2], *cases]
-            with (tmp_path / f"rank{rank}.log").open("w") as log:
-                started.append(
-                    subprocess.Popen(
-                        list(map(str, command)),
-                        env=environment,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        command = [sys.executable, HERE / script, root, version, ranks, session, tmp_path, *cases]
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            codes = [process.wait(timeout=240) for process in started]
+            _, said = process.communicate(timeout=240)
         finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(ranks)]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        assert not failed, logs[failed[0]][-6000:]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        logs = [path.read_text() for path in sorted(tmp_path.glob("rank*.log"))]
+        trouble = [log[-3000:] for log in logs if not log.rstrip().endswith("}")]
+        assert not process.returncode, "\n".join([said[-3000:], *trouble])
+        assert len(logs) == ranks
         return logs
 
     return run

@@ -34,12 +34,30 @@ def load(root: str, version: str, names: dict[str, str]) -> SimpleNamespace:
     )
 
 
-def join(rank: int, ranks: int, store_file: str) -> Any:
+def fork(ranks: int, folder: str) -> int:
+    """Become `ranks` processes, what was imported being there already; returns the rank.
+
+    Each writes to FOLDER/rankN.log. The first process waits for them and ends.
+    """
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            return rank
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(codes))
+
+
+def join(rank: int, ranks: int, folder: str) -> Any:
     """This process as a rank of a gloo group, as vLLM's coordinator of its EP group."""
     from vllm.distributed import parallel_state
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store_file}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     parallel_state._PP = SimpleNamespace(rank_in_group=0, is_last_rank=True, world_size=1)
     everyone = [list(range(ranks))]
     return parallel_state.init_model_parallel_group(

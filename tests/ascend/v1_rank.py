@@ -1,6 +1,6 @@
-"""One rank of vLLM-Ascend's model runner V1 without an NPU: its real adaptor, loader and updator.
+"""The ranks of vLLM-Ascend's model runner V1 without an NPU: its real adaptor, loader and updator.
 
-Usage: v1_rank.py ROOT VERSION RANK RANKS STORE_FILE SESSION FOLDER CASE...
+Usage: v1_rank.py ROOT VERSION RANKS SESSION FOLDER CASE...
 
 Each CASE is a quantisation with its number of the fused MC2 mode ("W8A8/0"), with "/multi" where
 layers count step by step, "/map" where they begin by an expert map, "/planner" where a real planner
@@ -24,7 +24,6 @@ import world
 from flash_eplb.eplb import ascend
 from flash_eplb.eplb.config import load_config
 from flash_eplb.eplb.logs import configure
-from flash_eplb.ipc.flags import FLAG_DUMMY
 from flash_eplb.planners.expert_map import SavedPlacement, read_map
 
 MODULES = {
@@ -158,7 +157,9 @@ class Case:
             settings["eplb_policy_type"] = 3
         if "map" in modes:
             settings["expert_map_path"] = str(self._write_map())
-        eplb_config = modules.config.EplbConfig(settings)
+        make = modules.config.EplbConfig
+        takes_fields = "dynamic_eplb" in vars(make)
+        eplb_config = make(**settings) if takes_fields else make(settings)
         modules.config._ASCEND_CONFIG = SimpleNamespace(
             eplb_config=eplb_config,
             enable_fused_mc2=int(fused),
@@ -248,20 +249,9 @@ class Case:
         before = self.runner.passes
         for _ in range(3):
             self.step()
-        counted = torch.zeros((3, world.LAYERS, world.EXPERTS), dtype=torch.int64)
-        for turn in range(3):
-            for number in range(world.LAYERS):
-                seed = 1000 * (before + turn + 1) + dist.get_rank()
-                chosen = world.chosen_experts(seed, number)
-                counted[turn, number] = torch.bincount(chosen.ravel(), minlength=world.EXPERTS)
-        dist.all_reduce(counted)
+        counted = world.counted([1000 * (before + n + 1) + dist.get_rank() for n in range(3)])
         if group is not None:
-            steps = [step for step in group.read_heat() if not step.flags & FLAG_DUMMY][-3:]
-            flat = self.worker.placement.reshape(world.LAYERS, -1)
-            for wanted, step in zip(counted.numpy(), steps, strict=True):
-                for number in range(world.LAYERS):
-                    heat = np.bincount(flat[number], step.heat[number], world.EXPERTS)
-                    assert np.array_equal(heat, wanted[number]), (wanted[number], heat)
+            world.check_heat(group, self.worker.placement, counted)
             group.close()
 
     def check_saved(self, placement):
@@ -334,7 +324,7 @@ def ascend_placement(where):
 def main(cases):
     done = []
     for number, text in enumerate(cases):
-        name = f"{session}{number}"
+        name = f"{session}-{number}"
         planned = {"spawn_planner": "planner" in text, "session": name}
         for setting, value in (SETTINGS | planned).items():  # also of a planner that is spawned
             os.environ[f"EPLB_{setting.upper()}"] = str(value)
@@ -348,11 +338,12 @@ def main(cases):
 
 
 if __name__ == "__main__":
-    root, version, rank_text, ranks_text, store_file, session, folder, *cases = sys.argv[1:]
-    rank = int(rank_text)
+    root, version, ranks_text, session, folder, *cases = sys.argv[1:]
+    ranks = int(ranks_text)
     os.environ["DYNAMIC_EPLB"] = "true"
     modules = real.load(root, version, MODULES)
-    coordinator = real.join(rank, int(ranks_text), store_file)
+    rank = real.fork(ranks, folder)
+    coordinator = real.join(rank, ranks, folder)
     modules.parallel._DYNAMIC_EPLB = coordinator
     real.module(ascend.RUNNER, NPUModelRunner=NPUModelRunner)
     configure("INFO")

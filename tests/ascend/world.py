@@ -108,3 +108,23 @@ def attach_heat(session: str) -> Group | None:
         return Group.attach(session)
     except SegmentError as error:
         raise AssertionError(f"no group in session {session}") from error
+
+
+def counted(seeds: list[int]) -> np.ndarray:
+    """int64 [steps, layers, experts]: tokens of all ranks, whose batches of a step had `seeds`."""
+    tokens = torch.zeros((len(seeds), LAYERS, EXPERTS), dtype=torch.int64)
+    for turn, seed in enumerate(seeds):
+        for layer in range(LAYERS):
+            chosen = chosen_experts(seed, layer)
+            tokens[turn, layer] = torch.bincount(chosen.ravel(), minlength=EXPERTS)
+    dist.all_reduce(tokens)
+    return tokens.numpy()
+
+
+def check_heat(group: Group, placement: np.ndarray, tokens: np.ndarray) -> None:
+    """The last steps of heat that the planner reads are `tokens`."""
+    steps = list(group.read_heat())[-len(tokens) :]
+    for wanted, step in zip(tokens, steps, strict=True):
+        for layer, flat in enumerate(placement.reshape(LAYERS, -1)):
+            heat = np.bincount(flat, step.heat[layer], EXPERTS)
+            assert np.array_equal(heat, wanted[layer]), (wanted[layer], heat)
