@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import sys
-import tarfile
 import time
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -146,7 +145,7 @@ def modules() -> SimpleNamespace:
     Raises:
         peers.PeerError: it cannot be fetched or imported.
     """
-    root = _unpacked()
+    root = peers.ascend_source()
     for name in PACKAGES:
         package = ModuleType(f"vllm_ascend{name}")
         package.__path__ = [str(root.joinpath(*name.split(".")))]
@@ -176,17 +175,3 @@ def _stub(name: str, **contents: Any) -> None:
     for full in filter(None, (parent, name)):
         sys.modules.setdefault(f"vllm_ascend.{full}", ModuleType(f"vllm_ascend.{full}"))
     vars(sys.modules[f"vllm_ascend.{name}"]).update(contents)
-
-
-def _unpacked() -> Any:
-    """The folder of its package; fetched and unpacked if it is not there."""
-    root = peers.FOLDER / peers.ASCEND / "vllm_ascend"
-    if not (root / "quantization" / "quant_type.py").is_file():
-        archive = peers.FOLDER / f"{peers.ASCEND}.tar.gz"
-        if not archive.is_file():
-            peers._fetch_ascend()
-        wanted = tuple(f"{peers.ASCEND}/vllm_ascend/{name}" for name in ("eplb/", "quantization/"))
-        with tarfile.open(archive) as tar:
-            members = [member for member in tar if member.name.startswith(wanted)]
-            tar.extractall(peers.FOLDER, members, filter="data")
-    return root

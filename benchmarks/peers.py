@@ -6,10 +6,8 @@ import importlib
 import importlib.machinery
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +19,7 @@ from unittest.mock import patch
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "peers"
-ASCEND = "vllm_ascend-0.23.0"
-# what the source distribution's setup.py imports before pip can read its metadata
-BUILD_TOOLS = ("setuptools_scm==10.3.4", "vcs_versioning==2.6.0")
+ASCEND = "0.23.0"
 REFERENCE, SWIFT, VLLM = "FlashLB reference", "SwiftBalance", "vLLM default"
 
 
@@ -162,9 +158,7 @@ class _VllmDefault:
 
 
 def _ascend_modules() -> tuple[ModuleType, ModuleType]:
-    folder = FOLDER / ASCEND / "vllm_ascend" / "eplb" / "core" / "policy"
-    if not folder.is_dir():
-        _fetch_ascend()
+    folder = ascend_source() / "eplb" / "core" / "policy"
     with _stubs(), _package("eplb_peer_ascend", folder) as name:
         flashlb = importlib.import_module(f"{name}.policy_flashlb")
         return flashlb, importlib.import_module(f"{name}.policy_swift_balancer")
@@ -218,28 +212,15 @@ def _stubs() -> Iterator[None]:
     sys.modules.update(keep)
 
 
-def _fetch_ascend() -> None:
-    """Download the source distribution with pip and unpack its policies."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    tools = FOLDER / "tools"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    settings = {"COMPILE_CUSTOM_KERNELS": "0", "SOC_VERSION": "ascend910b1"}
-    _run([*pip, "install", "--no-deps", "--upgrade", "--target", str(tools), *BUILD_TOOLS], {})
-    source = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(FOLDER)]
-    _run(
-        [*pip, "download", *source, "vllm-ascend==0.23.0"],
-        {**settings, "PYTHONPATH": str(tools)},
-    )
-    wanted = f"{ASCEND}/vllm_ascend/eplb/core/policy/"
-    with tarfile.open(FOLDER / f"{ASCEND}.tar.gz") as archive:
-        members = [member for member in archive if member.name.startswith(wanted)]
-        archive.extractall(FOLDER, members, filter="data")
+def ascend_source() -> Path:
+    """The folder of vllm-ascend's package, fetched by pip if need be.
 
-
-def _run(command: list[str], settings: dict[str, str]) -> None:
-    done = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
+    Raises:
+        PeerError: it cannot be fetched.
+    """
+    script = FOLDER.parents[1] / "scripts" / "ascend_source.py"
+    command = [sys.executable, str(script), ASCEND, str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise PeerError(f"vllm-ascend cannot be fetched: {' '.join(command[3:])} failed:\n{last}")
+        raise PeerError(done.stderr.strip())
+    return Path(done.stdout.strip()) / "vllm_ascend"

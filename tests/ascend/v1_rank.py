@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import real
 import torch
 import torch.distributed as dist
@@ -150,8 +151,9 @@ class Case:
         name, fused, *modes = text.split("/")
         self.modes, self.session, self.folder = modes, session, Path(folder)
         self.kind = modules.quant.QuantType[name]
-        key = (self.kind, fused == "1")
-        self.names = modules.adaptor.EPLB_EXPERT_WEIGHT_NAMES[key]
+        table = modules.adaptor.EPLB_EXPERT_WEIGHT_NAMES
+        like = modules.quant.QuantType.W8A8 if "refused" in modes else self.kind
+        self.names = table[like, fused == "1"]
         settings = {"dynamic_eplb": True, "num_redundant_experts": REDUNDANT}
         if "multi" in modes:
             settings["eplb_policy_type"] = 3
@@ -172,10 +174,18 @@ class Case:
         layers = [
             Layer(number, self.names, self.kind, eplb_config, moe) for number in range(world.LAYERS)
         ]
+        if "refused" in modes:
+            self.check_refusal(eplb_config, layers)
+            return
         self.runner = NPUModelRunner(eplb_config, layers, ranks)
         self.worker = self.runner.eplb_updator.worker
         assert self.worker is not None, self.runner.eplb_updator.inert
         self.hand = world.Hand(session)
+
+    def check_refusal(self, eplb_config, layers):
+        """Its adaptor refuses these layers, so there is no engine that we could be asked for."""
+        with pytest.raises((RuntimeError, ValueError), match=f"EPLB not support {self.kind}"):
+            NPUModelRunner(eplb_config, layers, coordinator.world_size)
 
     def _write_map(self):
         ranks = coordinator.world_size
@@ -194,6 +204,8 @@ class Case:
         self.hand.turn()
 
     def run(self):
+        if "refused" in self.modes:
+            return
         self.step(dummy=True)
         assert not self.worker.refused, self.worker.refused
         if "map" in self.modes:

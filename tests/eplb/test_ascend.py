@@ -1,0 +1,245 @@
+"""The hooks in vLLM-Ascend, on stand-ins; its own classes are in tests/ascend."""
+
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from flash_eplb.eplb import ascend, ascend_v2, balanced
+from flash_eplb.eplb.config import Config
+
+EXPERTS = 6
+
+
+class EplbUpdator:
+    """As vLLM-Ascend's, which a runner makes with its own planner process."""
+
+    def __init__(self, eplb_config, loader, eplb_process, process):
+        self.process = process
+
+    def set_adaptor(self, adaptor):
+        self.adaptor = adaptor
+
+    def warm_up_eplb(self):
+        raise AssertionError("its own planner is not there")
+
+    def forward_before(self):
+        raise AssertionError("its own planner is not there")
+
+    def forward_end(self, eplb_heat_collection_status=True):
+        raise AssertionError("its own planner is not there")
+
+    def shutdown(self):
+        self.process.alive = False
+
+
+class VllmEplbAdaptor:
+    def init_expert_param_per_layer(self):
+        pass
+
+    def init_buffer_tensor(self, num_buffer_tensor):
+        pass
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A fresh module of the updator's name, with classes of its own."""
+    made = ModuleType(ascend.UPDATOR)
+    made.EplbUpdator = type("EplbUpdator", (EplbUpdator,), {})
+    made.VllmEplbAdaptor = VllmEplbAdaptor
+    monkeypatch.setitem(sys.modules, ascend.UPDATOR, made)
+    monkeypatch.setattr(balanced, "_balanced", [])
+    monkeypatch.setattr(ascend, "_parallel_config", lambda: None)
+    return made
+
+
+def make(module, **settings):
+    eplb_config = SimpleNamespace(**{"expert_map_record_path": None, **settings})
+    process = SimpleNamespace(alive=True)
+    return module.EplbUpdator(eplb_config, None, None, process)
+
+
+def test_the_updator_is_ours_and_ends_the_planner_that_came_with_it(module):
+    ascend.hook_runner_v1(Config())
+    ascend.hook_runner_v1(Config())  # of a second worker
+    updator = make(module)
+    assert isinstance(updator, ascend.FlashUpdator)
+    assert isinstance(updator, module.EplbUpdator)
+    assert not updator.process.alive
+    assert balanced.is_worker()
+
+
+def test_a_mode_that_is_not_supported_is_left_to_upstream(module, monkeypatch, caplog):
+    config = SimpleNamespace(pipeline_parallel_size=2)
+    monkeypatch.setattr(ascend, "_parallel_config", lambda: config)
+    ascend.hook_runner_v1(Config())
+    updator = make(module)
+    assert type(updator) is module.EplbUpdator
+    assert updator.process.alive
+    assert "pipeline_parallel_size=2" in caplog.text
+    assert "vLLM-Ascend's own balancer stays in charge" in caplog.text
+
+
+def test_an_updator_that_we_do_not_know_is_left_alone(module, caplog):
+    del module.VllmEplbAdaptor
+    module.EplbUpdator.forward_end = None
+    ascend.hook_runner_v1(Config())
+    assert type(make(module)) is module.EplbUpdator
+    assert "this vLLM-Ascend has no EplbUpdator.forward_end, VllmEplbAdaptor.init_" in caplog.text
+
+
+def test_a_record_path_of_upstream_is_pointed_to_ours(module, caplog):
+    ascend.hook_runner_v1(Config())
+    make(module, expert_map_record_path="map.json")
+    assert "expert_map_record_path=map.json does nothing" in caplog.text
+    assert "EPLB_SAVE_PLACEMENT" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism (pipeline_parallel_size=2)"),
+        ({"enable_elastic_ep": True}, "elastic expert parallelism"),
+        ({"enable_dbo": True}, "dual batch overlap"),
+    ],
+)
+def test_groups_that_cannot_be_balanced_are_refused_by_name(changes, reason):
+    fine = {"pipeline_parallel_size": 1, "enable_elastic_ep": False, "enable_dbo": False}
+    assert ascend.unsupported_group(SimpleNamespace(**fine)) == ""
+    assert reason in ascend.unsupported_group(SimpleNamespace(**fine | changes))
+    mixed = SimpleNamespace(mix_placement=True)
+    assert "mix_placement" in ascend.unsupported_group(SimpleNamespace(**fine), mixed)
+
+
+def layer(ranks=2, **changes):
+    fields = {
+        "moe_load": torch.zeros(3, dtype=torch.int64),
+        "global_expert_map": torch.zeros(ranks, EXPERTS, dtype=torch.int32),
+        "get_log2phy_map": lambda: torch.zeros(EXPERTS, dtype=torch.int32),
+        "ep_rank": 0,
+    }
+    return SimpleNamespace(**{k: v for k, v in (fields | changes).items() if v is not ...})
+
+
+def adaptor(*layers, **changes):
+    fields = dict.fromkeys(ascend.OF_ADAPTOR, ()) | {"moe_layers": layers} | changes
+    return SimpleNamespace(**{k: v for k, v in fields.items() if v is not ...})
+
+
+def test_layers_that_cannot_be_balanced_are_refused_by_name():
+    refusal = ascend.unsupported_layers
+    assert refusal(adaptor(layer(), layer())) == ""
+    assert "no mixture-of-experts layer" in refusal(adaptor())
+    for name in ascend.OF_ADAPTOR:
+        assert f"VllmEplbAdaptor has no {name}" in refusal(adaptor(layer(), **{name: ...}))
+    for name in ascend.OF_LAYER:
+        found = refusal(adaptor(layer(), layer(**{name: ...})))
+        assert f"MoE layer 1 of this vLLM-Ascend has no {name}" in found
+    unrouted = layer(get_log2phy_map=lambda: None)
+    assert "MoE layer 0 routes by no table" in refusal(adaptor(unrouted))
+    wide = layer(global_expert_map=torch.zeros(2, EXPERTS + 1))
+    assert "shape (2, 7) and layer 0 one of (2, 6)" in refusal(adaptor(layer(), wide))
+    assert "EP group of one rank" in refusal(adaptor(layer(ranks=1)))
+
+
+class Worker:
+    def __init__(self):
+        self.told = []
+
+    def forward(self, tokens):
+        self.told.append(("forward", tokens))
+
+    def settle(self):
+        self.told.append("settle")
+
+    def step(self, is_dummy, phase):
+        self.told.append(("step", is_dummy))
+
+
+def test_the_runner_tells_of_tokens_and_of_dummy_passes(module):
+    class Runner:
+        input_batch = None
+        fails = False
+
+        def execute_model(self, scheduler_output, intermediate_tensors=None):
+            self.eplb_updator.forward_before()
+            self.eplb_updator.forward_end(True)
+            return intermediate_tensors
+
+        def _dummy_run(self, tokens, is_profile=False):
+            self.eplb_updator.forward_before()
+            if self.fails:
+                raise RuntimeError("out of memory")
+            self.eplb_updator.forward_end(True)
+
+    ascend.hook_runner_v1(Config())
+    ascend.follow_runner(Runner)
+    ascend.follow_runner(Runner)
+    runner = Runner()
+    runner.eplb_updator = make(module)
+    worker = runner.eplb_updator.worker = Worker()
+    assert runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=5), "it") == "it"
+    runner._dummy_run(1)
+    runner.fails = True
+    with pytest.raises(RuntimeError):
+        runner._dummy_run(1)
+    runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=6))
+    assert worker.told == [
+        ("forward", 5),
+        ("step", False),
+        "settle",
+        ("step", True),
+        "settle",
+        ("forward", 6),
+        ("step", False),
+    ]
+
+
+def test_a_runner_that_never_warms_us_up_is_complained_about_once(module, caplog):
+    ascend.hook_runner_v1(Config())
+    updator = make(module)
+    for _ in range(2):
+        updator.forward_before()
+        updator.forward_end(True)
+    assert caplog.text.count("has not called eplb_warmup before its first pass") == 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "found"),
+    [(None, ""), ("flash_eplb", "ascend"), ("", "ascend"), ("ascend, flash_eplb", "")],
+)
+def test_a_list_of_plug_ins_without_ascend_s_platform_is_noticed(monkeypatch, allowed, found):
+    installed = [
+        EntryPoint("ascend", "vllm_ascend:register", "vllm.platform_plugins"),
+        EntryPoint("other", "other:register", "vllm.platform_plugins"),
+    ]
+    monkeypatch.setattr(ascend, "entry_points", lambda group: installed)
+    assert ascend.left_out_plugin(allowed) == found
+    monkeypatch.setattr(ascend, "entry_points", lambda group: installed[1:])
+    assert ascend.left_out_plugin(allowed) == ""
+
+
+def test_an_engine_that_balances_nothing_is_noticed():
+    def off(additional):
+        return ascend.is_off(SimpleNamespace(additional_config=additional))
+
+    assert '"dynamic_eplb": true' in off(None)
+    assert '"dynamic_eplb": true' in off({"eplb_config": {"dynamic_eplb": False}})
+    assert off({"eplb_config": {"dynamic_eplb": True}}) == ""
+    assert off({"eplb_config": {"expert_map_record_path": "x.json"}}) == ""
+
+
+def test_a_state_of_runner_v2_is_known_by_its_module(monkeypatch):
+    state = type("AscendEplbState", (), {"__module__": ascend_v2.STATE})
+    assert ascend_v2.is_state(state)
+    assert not ascend_v2.is_state(EplbUpdator)
+    config = SimpleNamespace(pipeline_parallel_size=1)
+    assert "has no vllm_ascend.ops.fused_moe.eplb.build_" in ascend_v2.reason(config)
+    routing = SimpleNamespace(build_expert_replica_routing_table=lambda *_: None)
+    monkeypatch.setitem(sys.modules, ascend_v2.ROUTING, routing)
+    assert ascend_v2.reason(config) == ""
+    assert "in an unknown way" in ascend_v2.reason()
+    config.pipeline_parallel_size = 2
+    assert "pipeline parallelism" in ascend_v2.reason(config)

@@ -1,0 +1,87 @@
+"""What is done otherwise on an Ascend NPU, with stand-ins for torch_npu: no NPU was at hand."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flash_eplb import device as device_module
+from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders.transport import Parcel, PeerToPeer
+
+ND, NZ = 2, 29
+
+
+class Group:
+    """As torch_npu's ProcessGroupHCCL: named operations, their tensors, the ranks at the end."""
+
+    def __init__(self):
+        self.batches = []
+
+    def batch_isend_irecv(self, kinds, tensors, ranks):
+        self.batches.append(list(zip(kinds, map(id, tensors), ranks, strict=True)))
+        return SimpleNamespace(wait=lambda: None)
+
+
+def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
+    moves = np.zeros(4, MOVE)
+    moves["layer"] = [7, 2, 7, 2]
+    views = [[torch.zeros(3), torch.zeros(1)] for _ in range(4)]
+    first, second, third = (
+        Parcel(number, int(moves["layer"][number]), 5, peer, views[number])
+        for number, peer in ((0, 1), (1, 3), (2, 2))
+    )
+    transport = PeerToPeer("hccl", None, 0, 4, 1.0)
+    group = transport._group = Group()
+    transport.exchange(moves, [first, second], [third])  # the last move is between others
+
+    def named(kind, parcel):
+        return [(kind, id(view), parcel.peer) for view in parcel.views]
+
+    assert group.batches == [
+        named("isend", second),
+        named("isend", first) + named("irecv", third),
+    ]
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """torch_npu, whose tensors are those of the host with a number for their layout."""
+    layouts = {}
+
+    def empty_with_format(size, dtype, layout, device, acl_format):
+        made = torch.empty(size, dtype=dtype, layout=layout, device=device)
+        layouts[id(made)] = acl_format
+        return made
+
+    def npu_format_cast(tensor, acl_format):
+        assert acl_format == ND
+        return tensor.flip(0)  # what is plain is in another order
+
+    module = SimpleNamespace(
+        empty_with_format=empty_with_format,
+        get_npu_format=lambda tensor: layouts.get(id(tensor), ND),
+        npu_format_cast=npu_format_cast,
+        layouts=layouts,
+    )
+    monkeypatch.setitem(sys.modules, "torch_npu", module)
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(), raising=False)
+    return module
+
+
+def test_memory_for_an_expert_has_the_layout_of_the_expert(npu):
+    device = device_module.Npu()
+    expert = torch.arange(6)
+    npu.layouts[id(expert)] = NZ
+    like = device.empty_like(expert)
+    assert (like.shape, like.dtype, npu.layouts[id(like)]) == (expert.shape, expert.dtype, NZ)
+    assert device.plain(expert).tolist() == [5, 4, 3, 2, 1, 0]
+    flat = torch.arange(3)
+    assert device.plain(flat) is flat
+
+
+def test_a_tensor_on_an_npu_gets_the_npu_s_shim(npu):
+    on_npu = SimpleNamespace(device=SimpleNamespace(type="npu", index=3))
+    assert isinstance(device_module.device_of(on_npu), device_module.Npu)
