@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc bench-loader clean
+.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc bench-loader \
+  bench-source-routing clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -46,6 +47,9 @@ bench-ipc: $(BENCH_READY)
 
 bench-loader: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.loader $(ARGS)
+
+bench-source-routing: $(READY)
+	$(BIN)/python -m benchmarks.source_routing
 
 $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,8 @@ from .par import episode_par
 from .plan import Plan, align_all, make_plan, plan_between
 from .routing import weigh_layer
 from .search import Terms, measure, search_layers
+from .senders import divided_par, even_senders, planned_senders
+from .window import Offer, Window
 
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
@@ -38,50 +39,6 @@ MOST_COLUMNS = 2**15 - 1
 
 PARTS = 8
 """Layers whose plan does not fit `max_moves` that are searched again with what is left."""
-
-
-class _Window(NamedTuple):
-    """What a plan is made from.
-
-    Attributes:
-        tokens: float64[T, layers, E], the window.
-        past: float64[M, layers, E], what came before it.
-        worth: float32[M], weight of each of these, an episode of the window having weight 1.
-        alike: bool[layers], whether the past of a layer counts.
-        kept: bool[layers], whether a layer has the placement of its last plan.
-        today: int32[layers, R, S].
-    """
-
-    tokens: np.ndarray
-    past: np.ndarray
-    worth: np.ndarray
-    alike: np.ndarray
-    kept: np.ndarray
-    today: np.ndarray
-
-    def alone(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the window, and weights that are 1 in sum."""
-        count = len(self.tokens)
-        return self.tokens, np.full(count, 1 / max(1, count), np.float32)
-
-    def with_past(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the past and the window, and weights that are 1 in sum."""
-        weights = np.concatenate([self.worth, np.ones(len(self.tokens), np.float32)])
-        return np.concatenate([self.past, self.tokens]), weights / weights.sum()
-
-
-class _Offer(NamedTuple):
-    """A better placement int32[R, S] of one layer.
-
-    Its PAR on the window, what that gains, the moves it takes, and the PAR it can promise.
-    """
-
-    layer: int
-    placement: np.ndarray
-    par: float
-    gain: float
-    moves: int
-    promise: float
 
 
 class FlashLB:
@@ -155,6 +112,7 @@ class FlashLB:
         self._promised = np.empty(0)
         self._untried = np.empty(0, np.bool_)
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
+        self._columns = np.empty(self._planned.shape, np.int16)
 
     def plan(
         self,
@@ -184,8 +142,11 @@ class FlashLB:
             room = room if limit is None else min(room, whole("max_moves", limit, 0))
         kept = self._kept(today)
         past, worth = self._memory.recall(tokens)
-        window = _Window(tokens, past, worth, kept & is_alike(past, tokens), kept, today)
-        before, error = self._measure(tokens, today)
+        columns = np.array(even_senders(today))
+        columns[kept] = self._columns[kept]
+        alike = kept & is_alike(past, tokens)
+        window = Window(tokens, past, worth, alike, kept, today, columns)
+        before, error = self._measure(tokens, today, columns=columns)
         due = np.flatnonzero(before > 1) if every_layer else self._due(before, error)
         if not room or self.ranks == 1:
             due = due[:0]
@@ -196,7 +157,8 @@ class FlashLB:
             most_moves=min(room, slots),
             scratch=True,
             today=near,
-            max_columns=self.max_columns if self.routing == "weighted" else 0,
+            max_columns=0 if self.routing == "uniform" else self.max_columns,
+            by_source=self.routing == "by_source",
         )
         offers = self._offers(window, before, due, terms)
         if not every_layer:
@@ -206,20 +168,22 @@ class FlashLB:
         self._promise(offers, taken, room < slots, every_layer)
         return self._plan(window, before, taken)
 
-    def _plan(self, window: _Window, before: np.ndarray, taken: dict[int, _Offer]) -> Plan:
+    def _plan(self, window: Window, before: np.ndarray, taken: dict[int, Offer]) -> Plan:
         """The plan that carries out the offers `taken`; its placement is expected from now on."""
         wanted, after = window.today.copy(), before.copy()
         columns = np.ones(wanted.shape, np.int16)
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
-        if self.routing != "uniform":
+        if self.routing == "weighted":
             self._weigh(window.tokens, wanted, columns, after)
-        self._planned = wanted.copy()
+        if self.routing == "by_source":
+            columns = self._divided_anew(window, wanted, sorted(taken))
+        self._planned, self._columns = wanted.copy(), columns
         return plan_between(window.today, wanted, before, after, columns, self.ranks_per_node)
 
     def _promise(
-        self, offers: list[_Offer], taken: dict[int, _Offer], curbed: bool, every_layer: bool
+        self, offers: list[Offer], taken: dict[int, Offer], curbed: bool, every_layer: bool
     ) -> None:
         """Remember what the picked layers can be expected to keep.
 
@@ -234,6 +198,7 @@ class FlashLB:
         """Whether each layer has the placement that the last plan gave it; forgets the others."""
         if self._planned.shape != today.shape:
             self._planned = np.full_like(today, -1)
+            self._columns = np.ones(today.shape, np.int16)
             self._promised = np.full(len(today), np.nan)
             self._untried = np.zeros(len(today), np.bool_)
         kept = (self._planned == today).all(axis=(1, 2))
@@ -254,17 +219,18 @@ class FlashLB:
         return np.flatnonzero((before > 1 + self.min_excess) & ~kept)
 
     def _offers(
-        self, window: _Window, before: np.ndarray, layers: np.ndarray, terms: Terms
-    ) -> list[_Offer]:
+        self, window: Window, before: np.ndarray, layers: np.ndarray, terms: Terms
+    ) -> list[Offer]:
         """For each of `layers` what pays for its moves, best gain per move first."""
         found, moves = self._find(window, layers, terms)
-        after, _ = self._measure(window.tokens, found, layers)
+        columns = self._divided(window.tokens, found, layers)
+        after, _ = self._measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.kept[layers], 1, FIRST_SHARE) * terms.price
         pays = np.flatnonzero((moves > 0) & (gains > prices * moves))
         order = pays[np.argsort(-gains[pays] / moves[pays], kind="stable")]
         return [
-            _Offer(
+            Offer(
                 layer=int(layers[i]),
                 placement=found[i],
                 par=float(after[i]),
@@ -275,7 +241,7 @@ class FlashLB:
             for i in order
         ]
 
-    def _confirmed(self, window: _Window, offers: list[_Offer], terms: Terms) -> list[_Offer]:
+    def _confirmed(self, window: Window, offers: list[Offer], terms: Terms) -> list[Offer]:
         """The offers that chance does not explain, with what they can promise.
 
         A plan from the older half of the window must win min_gain on the newer half: by one
@@ -288,8 +254,9 @@ class FlashLB:
         if not older.any() or not newer.any():
             return offers
         found, _ = self._find(window._replace(tokens=window.tokens[:half]), layers, terms)
-        ratios = episode_par(newer, found)
-        gains = episode_par(newer, window.today[layers]) - ratios
+        columns = self._divided(window.tokens[:half], found, layers)
+        ratios = self._ratios(newer, found, columns)
+        gains = self._ratios(newer, window.today[layers], window.columns[layers]) - ratios
         error = gains.std(axis=0) / math.sqrt(len(gains))
         doubt = np.minimum(3 * error, np.maximum(error, 4 * self.min_gain))
         sure = gains.mean(axis=0) - doubt >= self.min_gain
@@ -301,8 +268,8 @@ class FlashLB:
         ]
 
     def _fitting(
-        self, window: _Window, before: np.ndarray, offers: list[_Offer], terms: Terms, room: int
-    ) -> Iterator[_Offer]:
+        self, window: Window, before: np.ndarray, offers: list[Offer], terms: Terms, room: int
+    ) -> Iterator[Offer]:
         """The offers that fit `room` moves and max_layers, and parts of some that do not fit."""
         layers, tries = 0, PARTS
         for offer in offers:
@@ -320,7 +287,7 @@ class FlashLB:
                 yield part
 
     def _find(
-        self, window: _Window, layers: np.ndarray, terms: Terms
+        self, window: Window, layers: np.ndarray, terms: Terms
     ) -> tuple[np.ndarray, np.ndarray]:
         """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
         found = np.empty((len(layers), self.ranks, self.slots_per_rank), np.int32)
@@ -342,14 +309,24 @@ class FlashLB:
         return found, moves
 
     def _measure(
-        self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray | None = None
+        self,
+        tokens: np.ndarray,
+        placement: np.ndarray,
+        layers: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None."""
+        """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None;
+        with `columns`[i] where a rank has one replica."""
         layers = np.arange(tokens.shape[1]) if layers is None else layers
         par = np.empty((2, len(layers)))
 
         def work(part: np.ndarray) -> None:
-            par[:, part] = measure(tokens, placement[part], layers[part])
+            if columns is None or self.routing != "by_source":
+                par[:, part] = measure(tokens, placement[part], layers[part])
+                return
+            ratios = divided_par(tokens, placement[part], layers[part], columns[part])
+            rows = np.ascontiguousarray(ratios.T)  # so that sums do not depend on their number
+            par[:, part] = rows.mean(axis=1), rows.std(axis=1) / math.sqrt(len(tokens))
 
         self._spread(work, np.arange(len(layers)))
         return par
@@ -364,6 +341,35 @@ class FlashLB:
         with ThreadPoolExecutor(len(parts)) as pool:
             list(pool.map(work, parts))
 
+    def _divided(
+        self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray
+    ) -> np.ndarray | None:
+        """Columns for placements of `layers` where a rank has one replica; else None."""
+        if self.routing != "by_source":
+            return None
+        columns = np.empty(placement.shape, np.int16)
+
+        def work(part: np.ndarray) -> None:
+            columns[part] = planned_senders(tokens, placement[part], layers[part])
+
+        self._spread(work, np.arange(len(layers)))
+        return columns
+
+    def _divided_anew(self, window: Window, wanted: np.ndarray, layers: list[int]) -> np.ndarray:
+        """Columns of all layers: new ones for `layers`, those of today for the others."""
+        columns = window.columns.copy()
+        picked = np.array(layers, np.int64)
+        columns[picked] = self._divided(window.tokens, wanted[picked], picked)
+        return columns
+
+    def _ratios(
+        self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
+    ) -> np.ndarray:
+        """PAR of each episode [T, n] of placements of all layers of `tokens`."""
+        if self.routing != "by_source":
+            return episode_par(tokens, placement)
+        return divided_par(tokens, placement, np.arange(len(placement)), columns)
+
     def _weigh(
         self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray, par: np.ndarray
     ) -> None:
@@ -376,7 +382,7 @@ class FlashLB:
                     layer,
                     placement[layer],
                     self.max_columns,
-                    self.routing == "by_source",
+                    False,
                     columns[layer],
                 )
 
@@ -395,5 +401,6 @@ def warmup() -> None:
     for threads in (1, 2):
         planner = FlashLB(2, 3, effort="thorough", routing="weighted", threads=threads)
         planner.plan(tokens, placement, every_layer=True)
-    FlashLB(2, 3, min_excess=0).plan(tokens, placement)
+    for routing in ("uniform", "by_source"):
+        FlashLB(2, 3, min_excess=0, routing=routing).plan(tokens, placement)
     make_plan(placement, placement[:, ::-1]).rounds(1)

@@ -12,7 +12,7 @@ from .improve import improve
 from .layer import FAST, merge, moved, new_layer, peak, replace, settle, swap
 from .place import place
 from .relabel import relabel
-from .routing import LEAST, weigh
+from .routing import LEAST, weigh, weigh_sources
 from .scale import peaks_of, scale_heat, shortened, without_bursts
 
 SCORED = 8
@@ -65,6 +65,7 @@ class Terms(NamedTuple):
         scratch: whether to look for placements from scratch.
         today: whether to look for placements near today's.
         max_columns: routing columns of an expert that may be planned; 0 for uniform routing.
+        by_source: whether a column is a rank that sends; see `weigh_layer`.
     """
 
     price: float
@@ -72,6 +73,7 @@ class Terms(NamedTuple):
     scratch: bool
     today: bool
     max_columns: int
+    by_source: bool
 
 
 @njit(**FAST)
@@ -184,6 +186,8 @@ def _worth(layer, terms):
     if terms.max_columns:
         columns = np.empty(layer.placement.shape, np.int16)
         least = np.float32(LEAST)
+        if terms.by_source:
+            return weigh_sources(layer, columns, least) + terms.price * moves
         return weigh(layer, terms.max_columns, columns, least) + terms.price * moves
     return peak(layer) + terms.price * moves
 

@@ -36,7 +36,9 @@ shapes = cycle([(16, 4, 5), (12, 4, 3), (128, 16, 9), (2, 2, 1), (3, 1, 3), (2, 
 spread = lambda x: np.repeat(x, 2, axis=2)[:, :, ::2]
 layouts = cycle([np.ascontiguousarray, np.asfortranarray, spread])
 counts = cycle(["uint8", ">i4", "int64", "float16", "float32", "float64", "longdouble"])
-for effort, routing, threads in product(flashlb.EFFORTS, ("uniform", "weighted"), (1, 2)):
+for effort, routing, threads in product(
+    flashlb.EFFORTS, ("uniform", "weighted", "by_source"), (1, 2)
+):
     experts, ranks, slots = next(shapes)
     planner = flashlb.FlashLB(
         ranks, slots, ranks_per_node=np.int64(2), effort=effort, routing=routing, threads=threads,

@@ -122,7 +122,7 @@ def sequence(planner, seed=8, windows=6):
     return plans
 
 
-@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+@pytest.mark.parametrize("routing", ["uniform", "weighted", "by_source"])
 @pytest.mark.parametrize("effort", ["fast", "balanced", "thorough"])
 def test_equal_calls_give_equal_plans_in_any_number_of_threads(effort, routing):
     for settings in ({}, {"max_moves": 60}, {"max_layers": 2}):
@@ -139,7 +139,7 @@ def test_equal_calls_give_equal_plans_in_any_number_of_threads(effort, routing):
 def test_nothing_is_read_or_written_behind_the_callers_back():
     rng = np.random.default_rng(9)
     heats = [heat.astype(np.float64) for heat in drifting(rng, 3, 64, 4)]
-    for routing in ("uniform", "weighted"):
+    for routing in ("uniform", "weighted", "by_source"):
         planner, twin = (FlashLB(8, 9, routing=routing, max_layers=2) for _ in range(2))
         placement = initial(3, 8, 9, 64)
         buffer, place = np.empty_like(heats[0]), np.empty_like(placement)

@@ -132,7 +132,7 @@ def test_without_redundancy_experts_change_places():
     assert plan.par_after[0] < 1.1
 
 
-@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+@pytest.mark.parametrize("routing", ["uniform", "weighted", "by_source"])
 @pytest.mark.parametrize(("ranks", "slots", "experts"), [(4, 5, 16), (8, 9, 64), (16, 9, 128)])
 def test_a_plan_wins_most_of_the_excess_of_zipf_heat_also_later(ranks, slots, experts, routing):
     rng = np.random.default_rng(4)
@@ -150,7 +150,7 @@ def test_a_plan_wins_most_of_the_excess_of_zipf_heat_also_later(ranks, slots, ex
     ids=["none", "even", "idle episodes"],
 )
 @pytest.mark.parametrize("every_layer", [False, True])
-@pytest.mark.parametrize("routing", ["uniform", "weighted"])
+@pytest.mark.parametrize("routing", ["uniform", "weighted", "by_source"])
 def test_heat_with_nothing_to_win_gives_an_empty_plan(heat, every_layer, routing):
     plan = FlashLB(4, 2, routing=routing).plan(heat, initial(2, 4, 2, 8), every_layer=every_layer)
     assert not plan
@@ -164,7 +164,7 @@ def test_heat_with_nothing_to_win_gives_an_empty_plan(heat, every_layer, routing
 def test_one_rank_has_nothing_to_win(every_layer):
     heat = np.array([[[5, 1, 1]], [[0, 0, 7]]])
     placement = np.array([[[2, 0, 1]]])
-    for routing in ("uniform", "weighted"):
+    for routing in ("uniform", "weighted", "by_source"):
         planner = FlashLB(1, 3, routing=routing, min_excess=0, min_gain=0)
         plan = planner.plan(heat, placement, every_layer=every_layer)
         assert not plan

@@ -16,7 +16,7 @@ def search(heat, placement, effort="balanced", **terms):
     full = {"price": 0.0, "most_moves": placement[0].size, "scratch": True, "today": True}
     weights = np.full(len(heat), 1 / len(heat), np.float32)
     layers = np.arange(len(placement))
-    terms = Terms(**{**full, "max_columns": 0, **terms})
+    terms = Terms(**{**full, "max_columns": 0, "by_source": False, **terms})
     return search_layers(
         heat.astype(np.float64), weights, placement, layers, EFFORTS[effort], terms
     )

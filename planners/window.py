@@ -1,0 +1,53 @@
+"""What FlashLB plans from, and what it finds for a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Window(NamedTuple):
+    """What a plan is made from.
+
+    Attributes:
+        tokens: float64[T, layers, E], the window.
+        past: float64[M, layers, E], what came before it.
+        worth: float32[M], weight of each of these, an episode of the window having weight 1.
+        alike: bool[layers], whether the past of a layer counts.
+        kept: bool[layers], whether a layer has the placement of its last plan.
+        today: int32[layers, R, S].
+        columns: int16[layers, R, S], the routing columns of today.
+    """
+
+    tokens: np.ndarray
+    past: np.ndarray
+    worth: np.ndarray
+    alike: np.ndarray
+    kept: np.ndarray
+    today: np.ndarray
+    columns: np.ndarray
+
+    def alone(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the window, and weights that are 1 in sum."""
+        count = len(self.tokens)
+        return self.tokens, np.full(count, 1 / max(1, count), np.float32)
+
+    def with_past(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the past and the window, and weights that are 1 in sum."""
+        weights = np.concatenate([self.worth, np.ones(len(self.tokens), np.float32)])
+        return np.concatenate([self.past, self.tokens]), weights / weights.sum()
+
+
+class Offer(NamedTuple):
+    """A better placement int32[R, S] of one layer.
+
+    Its PAR on the window, what that gains, the moves it takes, and the PAR it can promise.
+    """
+
+    layer: int
+    placement: np.ndarray
+    par: float
+    gain: float
+    moves: int
+    promise: float
