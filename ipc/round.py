@@ -35,6 +35,8 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
         moves: `MOVE` records, as bytes.
         columns: int16[n, ranks, slots] of the n layers that it changes, by their numbers, as bytes:
             routing columns of each slot after the round; empty if all slots have one.
+        rerouted: int32[n], ascending, as bytes: of a round that moves nothing, the layers whose
+            columns change.
     """
 
     generation: Number
@@ -47,6 +49,7 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
     slots: Number
     moves: bytes
     columns: bytes = b""
+    rerouted: bytes = b""
 
     def move_array(self) -> np.ndarray:
         """The moves as a `MOVE` array."""
@@ -54,15 +57,23 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
             raise RoundError(f"{len(self.moves)} bytes of moves are no multiple of {MOVE.itemsize}")
         return np.frombuffer(self.moves, MOVE)
 
+    def changed_layers(self) -> np.ndarray:
+        """Numbers of the layers that it changes, ascending; RoundError if the bytes are none."""
+        if not self.rerouted:
+            return np.unique(self.move_array()["layer"])
+        if len(self.rerouted) % 4:
+            raise RoundError(f"{len(self.rerouted)} bytes of layers are no multiple of 4")
+        return np.frombuffer(self.rerouted, "<i4")
+
     def column_array(self) -> np.ndarray | None:
-        """int16[n, ranks, slots] of the layers that the moves change; None if routing is uniform.
+        """int16[n, ranks, slots] of the layers that it changes; None if routing is uniform.
 
         Raises:
             RoundError: the bytes are not as many as that takes.
         """
         if not self.columns:
             return None
-        layers = len(np.unique(self.move_array()["layer"]))
+        layers = len(self.changed_layers())
         if len(self.columns) != 2 * layers * self.ranks * self.slots:
             raise RoundError(
                 f"{len(self.columns)} bytes of routing columns for {layers} layers of "
@@ -93,7 +104,8 @@ def round_identity(record: bytes) -> int:
 def record_limit(shape: GroupShape) -> int:
     """Bytes that the longest round of this group needs."""
     moves = min(shape.staging_rows * shape.ranks, shape.layers * shape.columns)
-    return 128 + moves * MOVE.itemsize + min(moves, shape.layers) * 2 * shape.columns
+    changed = shape.layers if shape.routes_by_source else min(moves, shape.layers)
+    return 128 + moves * MOVE.itemsize + changed * (4 + 2 * shape.columns)
 
 
 def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.ndarray:
@@ -116,7 +128,9 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
             f"{(round_.layers, round_.ranks, round_.slots)}, this group has {wanted}"
         )
     moves = round_.move_array()
-    if not len(moves):
+    if round_.rerouted:
+        _check_rerouted(round_, shape)
+    elif not len(moves):
         raise RoundError("it moves nothing")
     try:
         fields = moves.view(np.int32).reshape(-1, 6)
@@ -136,13 +150,24 @@ def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.n
     return after
 
 
+def _check_rerouted(round_: Round, shape: GroupShape) -> None:
+    layers = round_.changed_layers()
+    if round_.moves or not round_.columns:
+        raise RoundError("it names layers to be rerouted, and moves experts or has no columns")
+    if (np.diff(layers) < 1).any() or layers[0] < 0 or layers[-1] >= shape.layers:
+        raise RoundError(
+            f"the layers to be rerouted are {layers.tolist()}; they must ascend from 0 to "
+            f"{shape.layers - 1}"
+        )
+
+
 def _check_columns(round_: Round, after: np.ndarray, experts: int, most: int) -> None:
     columns = round_.column_array()
     if columns is None:
         return
     if columns.min() < 1:
         raise RoundError(f"a slot has {columns.min()} routing columns; it must have 1 or more")
-    for layer, shares in zip(np.unique(round_.move_array()["layer"]), columns, strict=True):
+    for layer, shares in zip(round_.changed_layers(), columns, strict=True):
         total = np.bincount(after[layer].ravel(), shares.ravel(), experts)
         if total.max() > most:
             raise RoundError(

@@ -314,7 +314,7 @@ class Loader:
         self._times.begin()
         tables = functools.partial(
             self._engine.tables,
-            np.flatnonzero(np.bincount(active.moves["layer"])),
+            active.round.changed_layers(),
             active.after,
             active.round.column_array(),
         )

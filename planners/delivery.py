@@ -96,7 +96,8 @@ class Delivery:
                 ranks=shape.ranks,
                 slots=shape.slots,
                 moves=self._rounds[number].moves.tobytes(),
-                columns=_bytes(self._rounds[number].columns),
+                columns=_bytes(self._rounds[number].columns, "<i2"),
+                rerouted=_bytes(self._rounds[number].rerouted, "<i4"),
             )
         )
         for rank in self._group.ranks:
@@ -122,5 +123,5 @@ class Delivery:
         return step - self._last_progress[1] > self._timeout_steps
 
 
-def _bytes(columns: np.ndarray | None) -> bytes:
-    return b"" if columns is None else columns.astype("<i2").tobytes()
+def _bytes(numbers: np.ndarray | None, kind: str) -> bytes:
+    return b"" if numbers is None else numbers.astype(kind).tobytes()

@@ -255,7 +255,7 @@ class EngineLoop:
 
     def _say_sent(self, proposal: Proposal) -> None:
         plan, rounds = proposal
-        picked = list(plan.layers)
+        picked = plan.changed
         if self._initial.wanted is None:
             why = (
                 f"PAR measured {self._observed_par():.3f}, of these layers "
@@ -264,10 +264,11 @@ class EngineLoop:
         else:
             why = f"to {self._initial.name}"
         log.info(
-            "plan %d: %d of %d layers, %d moves in %d rounds; %s",
+            "plan %d: %d of %d layers%s, %d moves in %d rounds; %s",
             self._plans,
             len(picked),
             self._group.shape.layers,
+            f" ({len(plan.rerouted)} of them only routed anew)" if len(plan.rerouted) else "",
             sum(len(part.moves) for part in rounds),
             len(rounds),
             why,

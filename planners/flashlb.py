@@ -18,11 +18,10 @@ import numpy as np
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
 from .efforts import EFFORTS, effort_of
 from .memory import Memory, is_alike
-from .par import episode_par
 from .plan import Plan, align_all, make_plan, plan_between
 from .routing import weigh_layer
 from .search import Terms, measure, search_layers
-from .senders import divided_par, even_senders, planned_senders
+from .senders import Senders, divided_par, even_senders
 from .window import Offer, Window
 
 EVERY_LAYER_PRICE = 0.001
@@ -113,6 +112,7 @@ class FlashLB:
         self._untried = np.empty(0, np.bool_)
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
+        self._senders = Senders(self._spread) if routing == "by_source" else None
 
     def plan(
         self,
@@ -142,11 +142,15 @@ class FlashLB:
             room = room if limit is None else min(room, whole("max_moves", limit, 0))
         kept = self._kept(today)
         past, worth = self._memory.recall(tokens)
-        columns = np.array(even_senders(today))
-        columns[kept] = self._columns[kept]
         alike = kept & is_alike(past, tokens)
-        window = Window(tokens, past, worth, alike, kept, today, columns)
-        before, error = self._measure(tokens, today, columns=columns)
+        window = Window(tokens, past, worth, alike, kept, today, self._columns)
+        now, error = self._measure(tokens, today, columns=self._columns)
+        before: np.ndarray = now
+        rerouted = np.empty(0, np.int64)
+        if self._senders is not None:
+            rerouted = self._senders.better(window, now, self.min_excess, self.min_gain)
+        if len(rerouted):  # that is free, so what moves has to win more
+            before, error = self._measure(tokens, today, columns=window.columns)
         due = np.flatnonzero(before > 1) if every_layer else self._due(before, error)
         if not room or self.ranks == 1:
             due = due[:0]
@@ -166,21 +170,35 @@ class FlashLB:
             offers = self._confirmed(window, offers, terms)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
         self._promise(offers, taken, room < slots, every_layer)
-        return self._plan(window, before, taken)
+        return self._plan(window, now, before, taken, rerouted)
 
-    def _plan(self, window: Window, before: np.ndarray, taken: dict[int, Offer]) -> Plan:
-        """The plan that carries out the offers `taken`; its placement is expected from now on."""
-        wanted, after = window.today.copy(), before.copy()
-        columns = np.ones(wanted.shape, np.int16)
+    def _plan(
+        self,
+        window: Window,
+        before: np.ndarray,
+        after: np.ndarray,
+        taken: dict[int, Offer],
+        rerouted: np.ndarray,
+    ) -> Plan:
+        """The plan that carries out the offers `taken`; its placement is expected from now on.
+
+        PAR is `before`, and `after` it where nothing moves.
+        """
+        wanted, after = window.today.copy(), after.copy()
+        columns: np.ndarray = np.ones(wanted.shape, np.int16)
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
         if self.routing == "weighted":
             self._weigh(window.tokens, wanted, columns, after)
-        if self.routing == "by_source":
-            columns = self._divided_anew(window, wanted, sorted(taken))
+        if self._senders is not None:
+            columns = window.columns.copy()
+            picked = np.array(sorted(taken), np.int64)
+            columns[picked] = self._senders.planned(window.tokens, wanted[picked], picked)
         self._planned, self._columns = wanted.copy(), columns
-        return plan_between(window.today, wanted, before, after, columns, self.ranks_per_node)
+        others = [layer for layer in rerouted.tolist() if layer not in taken]
+        near = self.ranks_per_node
+        return plan_between(window.today, wanted, before, after, columns, near, others)
 
     def _promise(
         self, offers: list[Offer], taken: dict[int, Offer], curbed: bool, every_layer: bool
@@ -202,6 +220,8 @@ class FlashLB:
             self._promised = np.full(len(today), np.nan)
             self._untried = np.zeros(len(today), np.bool_)
         kept = (self._planned == today).all(axis=(1, 2))
+        if self._senders is not None:
+            self._columns[~kept] = even_senders(today)[~kept]
         self._promised[~kept] = np.nan
         return kept
 
@@ -223,7 +243,7 @@ class FlashLB:
     ) -> list[Offer]:
         """For each of `layers` what pays for its moves, best gain per move first."""
         found, moves = self._find(window, layers, terms)
-        columns = self._divided(window.tokens, found, layers)
+        columns = self._planned_columns(window.tokens, found, layers)
         after, _ = self._measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.kept[layers], 1, FIRST_SHARE) * terms.price
@@ -254,9 +274,9 @@ class FlashLB:
         if not older.any() or not newer.any():
             return offers
         found, _ = self._find(window._replace(tokens=window.tokens[:half]), layers, terms)
-        columns = self._divided(window.tokens[:half], found, layers)
-        ratios = self._ratios(newer, found, columns)
-        gains = self._ratios(newer, window.today[layers], window.columns[layers]) - ratios
+        columns = self._planned_columns(window.tokens[:half], found, layers)
+        ratios = _ratios(newer, found, columns)
+        gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
         error = gains.std(axis=0) / math.sqrt(len(gains))
         doubt = np.minimum(3 * error, np.maximum(error, 4 * self.min_gain))
         sure = gains.mean(axis=0) - doubt >= self.min_gain
@@ -318,15 +338,12 @@ class FlashLB:
         """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None;
         with `columns`[i] where a rank has one replica."""
         layers = np.arange(tokens.shape[1]) if layers is None else layers
+        if self._senders is not None and columns is not None:
+            return self._senders.measure(tokens, placement, layers, columns)
         par = np.empty((2, len(layers)))
 
         def work(part: np.ndarray) -> None:
-            if columns is None or self.routing != "by_source":
-                par[:, part] = measure(tokens, placement[part], layers[part])
-                return
-            ratios = divided_par(tokens, placement[part], layers[part], columns[part])
-            rows = np.ascontiguousarray(ratios.T)  # so that sums do not depend on their number
-            par[:, part] = rows.mean(axis=1), rows.std(axis=1) / math.sqrt(len(tokens))
+            par[:, part] = measure(tokens, placement[part], layers[part])
 
         self._spread(work, np.arange(len(layers)))
         return par
@@ -341,34 +358,13 @@ class FlashLB:
         with ThreadPoolExecutor(len(parts)) as pool:
             list(pool.map(work, parts))
 
-    def _divided(
+    def _planned_columns(
         self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray
-    ) -> np.ndarray | None:
-        """Columns for placements of `layers` where a rank has one replica; else None."""
-        if self.routing != "by_source":
-            return None
-        columns = np.empty(placement.shape, np.int16)
-
-        def work(part: np.ndarray) -> None:
-            columns[part] = planned_senders(tokens, placement[part], layers[part])
-
-        self._spread(work, np.arange(len(layers)))
-        return columns
-
-    def _divided_anew(self, window: Window, wanted: np.ndarray, layers: list[int]) -> np.ndarray:
-        """Columns of all layers: new ones for `layers`, those of today for the others."""
-        columns = window.columns.copy()
-        picked = np.array(layers, np.int64)
-        columns[picked] = self._divided(window.tokens, wanted[picked], picked)
-        return columns
-
-    def _ratios(
-        self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
     ) -> np.ndarray:
-        """PAR of each episode [T, n] of placements of all layers of `tokens`."""
-        if self.routing != "by_source":
-            return episode_par(tokens, placement)
-        return divided_par(tokens, placement, np.arange(len(placement)), columns)
+        """int16[n, R, S], with which placements of `layers` are measured."""
+        if self._senders is None:
+            return np.ones(placement.shape, np.int16)
+        return self._senders.planned(tokens, placement, layers)
 
     def _weigh(
         self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray, par: np.ndarray
@@ -387,6 +383,11 @@ class FlashLB:
                 )
 
         self._spread(work, np.arange(len(par)))
+
+
+def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """PAR of each episode [T, n] of placements of all layers of `tokens`."""
+    return divided_par(tokens, placement, np.arange(len(placement)), columns)
 
 
 def _hoped(par):

@@ -137,8 +137,15 @@ def _is_sound(found: Plan, made: Plan) -> bool:
         and np.array_equal(found.placement, made.placement)
         and np.array_equal(np.sort(found.layers), np.sort(made.layers))
         and bool((found.columns > 0).all())
+        and _names_layers(found.rerouted, np.setdiff1d(np.arange(len(made.before)), made.layers))
         and (near is None or (isinstance(near, int) and near > 0))
     )
+
+
+def _names_layers(named: Any, among: np.ndarray) -> bool:
+    """Whether `named` is int32, ascending, and holds only numbers of `among`."""
+    one = np.asarray(named)
+    return one.dtype == np.int32 and np.array_equal(one, np.intersect1d(one, among))
 
 
 def warmup() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,11 +22,19 @@ class PlannedRound:
         columns: int16[n, ranks, slots], routing columns of the n layers that the round changes, by
             their numbers; None if every slot has one. An expert has its planned columns as soon as
             its slots are those of the plan.
+        rerouted: int32[n], ascending: of a round that moves nothing, the layers that get other
+            columns.
     """
 
     moves: np.ndarray
     placement: np.ndarray
     columns: np.ndarray | None = None
+    rerouted: np.ndarray | None = None
+
+    @property
+    def layers(self) -> np.ndarray:
+        """The layers that the round changes, ascending."""
+        return np.unique(self.moves["layer"]) if self.rerouted is None else self.rerouted
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,7 @@ class Plan:
             columns of its expert is its share of the expert's tokens.
         ranks_per_node: consecutive ranks that share a node, from which sources are taken first;
             None if distance is of no matter.
+        rerouted: int32[n], ascending: layers in which no expert moves and that get `columns`.
     """
 
     before: np.ndarray
@@ -53,10 +63,16 @@ class Plan:
     par_after: np.ndarray
     columns: np.ndarray
     ranks_per_node: int | None = None
+    rerouted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
-        return len(self.layers) > 0
+        return len(self.changed) > 0
+
+    @property
+    def changed(self) -> np.ndarray:
+        """The layers that move experts, in the order of `layers`, and those that are rerouted."""
+        return np.concatenate([self.layers, self.rerouted])
 
     @property
     def moves(self) -> np.ndarray:
@@ -76,7 +92,8 @@ class Plan:
         After each round the placement is valid, and after the last it equals `placement`. Layers
         come in the order of `layers`; a later layer fills the rows an earlier one leaves free.
         In each round the busiest sender sends as few rows as it can, with sources on the
-        destination's own node first; see `rounds.spread_sources`.
+        destination's own node first; see `rounds.spread_sources`. What needs no move comes first,
+        in a round by itself.
 
         Args:
             rows: staging rows per rank, over all layers together; at least 1.
@@ -96,6 +113,9 @@ class Plan:
         sent = np.zeros(ranks, np.int64)
         current = self.before
         rounds = []
+        if len(self.rerouted):
+            columns = self.columns[self.rerouted]
+            rounds.append(PlannedRound(np.empty(0, MOVE), current, columns, self.rerouted))
         for chunk in np.split(writes, np.cumsum(sizes)[:-1]) if len(writes) else []:
             moves = _moves(current, self.placement, chunk, near, sent)
             current = current.copy()
@@ -168,10 +188,12 @@ def plan_between(
     par_after: np.ndarray,
     columns: np.ndarray,
     ranks_per_node: int | None,
+    rerouted: Sequence[int] = (),
 ) -> Plan:
     """`make_plan` for what is known to be right: placements int32, valid, aligned; no checks."""
     layers = _by_gain(before, placement, par_before, par_after)
-    return Plan(before, placement, layers, par_before, par_after, columns, ranks_per_node)
+    others = np.array(rerouted, np.int32)
+    return Plan(before, placement, layers, par_before, par_after, columns, ranks_per_node, others)
 
 
 def align_all(before: np.ndarray, wanted: np.ndarray, experts: int) -> np.ndarray:

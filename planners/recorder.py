@@ -183,7 +183,7 @@ class Recorder(NoRecorder):
         """A plan was sent that was made from the placement of `epoch`, in `seconds`."""
         if self._failed:
             return
-        picked, moves = plan.layers, np.concatenate([part.moves for part in rounds])
+        picked, moves = plan.changed, np.concatenate([part.moves for part in rounds])
         before, after = plan.par_before[picked], plan.par_after[picked]
         row = (len(picked), len(moves), len(rounds), before.mean(), after.mean(), seconds)
         self._filling.plans.append((number, epoch, *row, time.monotonic_ns()))

@@ -184,7 +184,7 @@ class Replay:
         """Commit the rounds whose time has come."""
         while self._coming and self._coming[0][0] <= self._steps:
             part = self._coming.popleft()[1]
-            layers = np.unique(part.moves["layer"])
+            layers = part.layers
             self._placement = part.placement
             self._columns[layers] = 1 if part.columns is None else part.columns
             self._shares[layers] = _shares(

@@ -6,24 +6,86 @@ together; an even division among the replicas of an expert may be far from even 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 from .routing import even_share, weigh_layer
+from .window import Window
 
 
-def planned_senders(tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray) -> np.ndarray:
-    """The best division that is found, int16[n, R, S], for placements of some layers.
+class Senders:
+    """What FlashLB asks of such an engine.
 
     Args:
-        tokens: float64[T, layers, E].
-        placement: int32[n, R, S].
-        layers: int[n], of the placements.
+        spread: calls a function with parts of an array of numbers, in threads.
     """
-    columns = np.empty(placement.shape, np.int16)
-    for number, layer in enumerate(layers):
-        weigh_layer(tokens, layer, placement[number], 1, True, columns[number])
-    return columns
+
+    def __init__(self, spread: Callable[[Callable[[np.ndarray], None], np.ndarray], None]):
+        self._spread = spread
+
+    def planned(self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray) -> np.ndarray:
+        """The best division that is found, int16[n, R, S], for placements of some layers.
+
+        Args:
+            tokens: float64[T, layers, E].
+            placement: int32[n, R, S].
+            layers: int[n], of the placements.
+        """
+        columns = np.empty(placement.shape, np.int16)
+
+        def work(part: np.ndarray) -> None:
+            for number in part:
+                layer, here = layers[number], columns[number]
+                weigh_layer(tokens, layer, placement[number], 1, True, here)
+
+        self._spread(work, np.arange(len(layers)))
+        return columns
+
+    def measure(
+        self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray, columns: np.ndarray
+    ) -> np.ndarray:
+        """(PAR, its standard error) [2, n] of placements of some layers with their columns."""
+        par = np.empty((2, len(layers)))
+
+        def work(part: np.ndarray) -> None:
+            ratios = divided_par(tokens, placement[part], layers[part], columns[part])
+            rows = np.ascontiguousarray(ratios.T)  # so that sums do not depend on their number
+            par[:, part] = rows.mean(axis=1), rows.std(axis=1) / math.sqrt(len(tokens))
+
+        self._spread(work, np.arange(len(layers)))
+        return par
+
+    def better(
+        self, window: Window, now: np.ndarray, min_excess: float, min_gain: float
+    ) -> np.ndarray:
+        """Layers that another division alone improves by `min_gain`; `window` has it from now on.
+
+        A division from the older half of the window must do so on the newer half.
+
+        Args:
+            window: with the columns of today.
+            now: float64[layers], PAR with them.
+            min_excess: PAR - 1 up to which a layer is left alone.
+            min_gain: PAR.
+        """
+        layers = np.flatnonzero(now > 1 + min_excess)
+        half = len(window.tokens) // 2
+        older, newer = window.tokens[:half], window.tokens[half:]
+        if window.today.shape[1] == 1 or not older.any() or not newer.any():
+            layers = layers[:0]
+        today, columns = window.today[layers], window.columns[layers]
+        tried = self.planned(older, today, layers)
+        sure = self.measure(newer, today, layers, columns) - self.measure(
+            newer, today, layers, tried
+        )
+        found = self.planned(window.tokens, today, layers)
+        gain = now[layers] - self.measure(window.tokens, today, layers, found)[0]
+        chosen = (gain >= min_gain) & (sure[0] >= min_gain)
+        window.columns[layers[chosen]] = found[chosen]
+        return layers[chosen]
 
 
 @njit(cache=True, nogil=True)

@@ -277,3 +277,43 @@ def test_columns_that_no_table_holds_are_refused(cells, reason):
     with pytest.raises(RoundError) as error:
         check_round(round_of(GOOD, columns=columns_of(cells)), SHAPE, PLACEMENT)
     assert str(error.value) == reason
+
+
+BY_SOURCE = msgspec.structs.replace(SHAPE, routes_by_source=True)
+
+
+def rerouting(layers, **changes):
+    columns = np.ones((len(layers), SHAPE.ranks, SHAPE.slots), "<i2").tobytes()
+    fields = {"moves": b"", "columns": columns, "rerouted": np.array(layers, "<i4").tobytes()}
+    return msgspec.structs.replace(round_of([(0, 2, 0, 2, 1, 2)]), **fields | changes)
+
+
+def test_a_round_may_change_columns_alone():
+    round_ = rerouting([0])
+    assert decode_round(encode_round(round_)) == round_
+    assert round_.changed_layers().tolist() == [0]
+    assert round_.column_array().shape == (1, SHAPE.ranks, SHAPE.slots)
+    assert (check_round(round_, BY_SOURCE, PLACEMENT) == PLACEMENT).all()
+
+
+@pytest.mark.parametrize(
+    ("round_", "text"),
+    [
+        (rerouting([0], columns=b""), "moves experts or has no columns"),
+        (rerouting([0], moves=round_of([(0, 2, 0, 2, 1, 2)]).moves), "moves experts or has no"),
+        (rerouting([SHAPE.layers]), "they must ascend from 0 to"),
+        (rerouting([-1]), "they must ascend from 0 to"),
+        (rerouting([0, 0]), "they must ascend from 0 to"),
+        (rerouting([0], rerouted=b"123"), "3 bytes of layers are no multiple of 4"),
+        (rerouting([0], columns=bytes(2)), "bytes of routing columns for 1 layers"),
+        (rerouting([0], rerouted=b""), "it moves nothing"),
+    ],
+)
+def test_rerouting_that_does_not_fit_is_refused(round_, text):
+    with pytest.raises(RoundError, match=text):
+        check_round(round_, BY_SOURCE, PLACEMENT)
+
+
+def test_rerouting_of_all_layers_fits_the_limit():
+    layers = range(BY_SOURCE.layers)
+    assert len(encode_round(rerouting(layers))) <= record_limit(BY_SOURCE)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flash_eplb.loaders.routing import chosen_replicas
 from flash_eplb.planners.flashlb import FlashLB
-from flash_eplb.planners.senders import divided_par, even_senders, planned_senders
+from flash_eplb.planners.senders import Senders, divided_par, even_senders
 
 
 @given(st.data())
@@ -19,7 +19,7 @@ def test_what_is_measured_is_what_the_ranks_do(data):
     placement = shuffled(np.random.default_rng(0), 2, ranks, slots, experts)
     layers = np.arange(2)
     even = even_senders(placement)
-    planned = planned_senders(heat, placement, layers)
+    planned = Senders(lambda work, rows: work(rows)).planned(heat, placement, layers)
     for columns in (even, planned):
         measured = divided_par(heat, placement, layers, columns)
         np.testing.assert_allclose(measured, episode_ratios(heat, placement, columns), rtol=1e-6)
@@ -55,7 +55,7 @@ def test_a_layer_that_only_looks_even_is_planned():
     assert_valid(plan.placement, 64)
     assert plan
     np.testing.assert_allclose(plan.par_before, uneven, rtol=1e-6)
-    picked = plan.layers
+    picked = plan.changed
     after = ratios(heat, plan.placement, plan.columns)[picked]
     np.testing.assert_allclose(after, plan.par_after[picked], rtol=0.01)
     left = ratios(later, plan.placement, plan.columns)[picked] - 1
@@ -67,8 +67,8 @@ def test_a_plan_that_was_carried_out_is_not_made_again():
     policy = FlashLB(8, 9, routing="by_source")
     first = policy.plan(heat, placement)
     second = policy.plan(later, first.placement)
-    picked = first.layers
-    assert not np.isin(picked, second.layers).any()
+    picked = first.changed
+    assert not np.isin(picked, second.changed).any()
     now = ratios(later, first.placement, first.columns)[picked]
     np.testing.assert_allclose(second.par_before[picked], now, rtol=1e-6)
 
@@ -84,3 +84,25 @@ def test_where_every_expert_has_one_slot_senders_are_of_no_matter(threads):
     assert (plans[1].columns == 1).all()
     np.testing.assert_allclose(plans[1].par_before, plans[0].par_before, rtol=1e-5)
     assert (plans[1].placement == plans[0].placement).all()
+
+
+def test_a_layer_that_other_senders_even_out_moves_nothing():
+    # Two replicas of expert 0, one of them beside a hot expert: half of the senders is too many.
+    placement = np.array([[[0, 1], [0, 2], [3, 4], [5, 6]] * 2])
+    placement[0, 4:] = [[7, 8], [9, 10], [11, 12], [13, 14]]
+    rng = np.random.default_rng(0)
+    popularity = np.full(15, 200.0)
+    popularity[0], popularity[1] = 400, 300
+    heat = rng.poisson(popularity, (40, 1, 15))
+    policy = FlashLB(8, 2, routing="by_source")
+    plan = policy.plan(heat, placement)
+    assert plan.rerouted.tolist() == [0]
+    assert len(plan.moves) == 0
+    (part,) = plan.rounds(1)
+    assert part.layers.tolist() == [0]
+    assert (part.placement == placement).all()
+    assert part.columns[0, 0, 0] < 4 < part.columns[0, 1, 0]
+    assert plan.par_after[0] < plan.par_before[0] - 0.05
+    later = rng.poisson(popularity, (40, 1, 15))
+    assert ratios(later, placement, plan.columns)[0] < ratios(later, placement)[0] - 0.05
+    assert not policy.plan(later, placement)
