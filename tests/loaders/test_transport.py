@@ -128,6 +128,7 @@ class Communicator:
         self.meeting = meeting
         self.layer = None
         self.contexts = []
+        self.received = []
 
     def set_transfer_context(self, old_indices, layer_idx):
         assert self.layer is None, "the last layer was not executed"
@@ -147,6 +148,7 @@ class Communicator:
             for target, source in zip(tensors, self.table[key], strict=True):
                 target.copy_(source)
         self.layer = None
+        self.received = []
 
 
 def with_communicators(store):
@@ -195,8 +197,10 @@ def test_after_a_round_that_failed_the_fallback_moves_experts():
         ("auto", "cpu", "TorchDistNcclEplbCommunicator", True, "gloo"),
         ("auto", "npu", "", False, "hccl"),
         ("auto", "cuda", "NixlEplbCommunicator", True, "engine"),
-        ("auto", "cuda", "NixlEplbCommunicator", False, "gloo"),
-        ("auto", "cuda", "TorchDistNcclEplbCommunicator", True, "gloo"),
+        ("auto", "cuda", "NixlEplbCommunicator", False, "ipc"),
+        ("auto", "cuda", "TorchDistNcclEplbCommunicator", True, "ipc"),
+        ("auto", "cuda", "", False, "ipc"),
+        ("ipc", "cuda", "NixlEplbCommunicator", True, "ipc"),
         ("gloo", "cuda", "NixlEplbCommunicator", True, "gloo"),
         ("nccl", "cuda", "", False, "nccl"),
         ("engine", "cpu", "TorchDistNcclEplbCommunicator", False, "engine"),
@@ -209,6 +213,8 @@ def test_the_choice(wanted, device, communicator, borrowed, chosen):
 def test_a_transport_that_cannot_serve_here_is_refused():
     with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=nccl: .* cuda .* lie on cpu; use auto"):
         choose_transport("nccl", "cpu", "", False)
+    with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=ipc: .* cuda .* lie on cpu; use auto"):
+        choose_transport("ipc", "cpu", "", False)
     with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=hccl: .* npu .* lie on cuda"):
         choose_transport("hccl", "cuda", "", False)
     with pytest.raises(ValueError, match="EPLB_TRANSPORT=engine: this engine has no communicator"):
@@ -224,6 +230,7 @@ def test_transports_are_made_by_name():
     store = dist.HashStore()
     assert communicator_name(engine) == ""
     assert make_transport("gloo", engine, store, 0, 2, 1.0).name == "gloo"
+    assert make_transport("ipc", engine, store, 0, 2, 1.0).name == "ipc"
     engine.communicators = [(Communicator(0, {}, None), 0)]
     assert communicator_name(engine) == "Communicator"
     assert make_transport("engine", engine, store, 0, 2, 1.0).name == "Communicator"
