@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders import transport
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape
 from flash_eplb.loaders.transport import EngineCommunicator, Parcel, PeerToPeer
 from flash_eplb.loaders.transports import choose_transport, communicator_name, make_transport
@@ -129,6 +130,7 @@ class Communicator:
         self.layer = None
         self.contexts = []
         self.received = []
+        self.executed_first = False
 
     def set_transfer_context(self, old_indices, layer_idx):
         assert self.layer is None, "the last layer was not executed"
@@ -143,6 +145,7 @@ class Communicator:
         self.received.append((tensors, (self.layer, expert_id, src_rank, self.rank)))
 
     def execute(self):
+        self.executed_first |= not self.contexts
         self.meeting.wait(10)  # every rank executes every layer
         for tensors, key in self.received:
             for target, source in zip(tensors, self.table[key], strict=True):
@@ -177,6 +180,22 @@ def test_the_engines_communicator_moves_one_layer_after_the_other():
     for one in made:
         assert [layer for layer, _ in one.contexts] == [10, 11, 12]
     assert made[0].contexts[0][1] == [[-1, -1, -1], [5, 6, -1], [-1, -1, -1]]
+
+
+def test_before_an_expert_moves_all_devices_have_come_past_the_last_commit(monkeypatch):
+    finished = []
+    monkeypatch.setattr(transport, "finish_stream", lambda device: finished.append(str(device)))
+    made, transports = with_communicators(dist.HashStore())
+    in_ranks(lambda rank: transports[rank].connect(0))
+
+    def one(rank):
+        leaving, arriving = parcels(ROUND, rank)
+        transports[rank].exchange(ROUND, leaving, arriving)
+        return len(finished)
+
+    assert in_ranks(one) == [RANKS] * RANKS
+    assert all(one.executed_first for one in made)
+    transports[0].exchange(ROUND[:0], [], [])  # of nothing, it waits for nobody
 
 
 def test_after_a_round_that_failed_the_fallback_moves_experts():
