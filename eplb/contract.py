@@ -91,7 +91,8 @@ NEEDS: list[Need] = [
         "tensor_parallel_size data_parallel_size pipeline_parallel_size "
         "prefill_context_parallel_size enable_elastic_ep enable_eplb all2all_backend use_ubatching",
     ),
-    Need(_CONFIG, "VllmConfig.use_v2_model_runner"),
+    *_members(_CONFIG, "VllmConfig", "model_config use_v2_model_runner"),
+    Need("vllm.config.model", "ModelConfig.runner_type"),
     Need(_CONFIG, "get_current_vllm_config_or_none"),
     Need("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     # the calls around which weights are written, and the warm-up

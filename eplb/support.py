@@ -7,7 +7,9 @@ from typing import Any
 from .derived import left_behind
 
 
-def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: bool) -> str:
+def unsupported_mode(
+    parallel_config: Any, device_type: str, uses_runner_v2: bool, pools: bool = False
+) -> str:
     """Why a group of this configuration cannot be balanced; empty if it can.
 
     Known when vLLM builds its `EplbState`, before any model is registered.
@@ -16,6 +18,7 @@ def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: boo
         parallel_config: vLLM's `ParallelConfig`.
         device_type: "cpu", "cuda", ...
         uses_runner_v2: whether vLLM's model runner V2 runs the model.
+        pools: whether the model pools and does not generate.
     """
     ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
     if device_type not in ("cpu", "cuda"):
@@ -30,6 +33,8 @@ def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: boo
             f"pipeline parallelism (pipeline_parallel_size="
             f"{parallel_config.pipeline_parallel_size}): {why}"
         )
+    if pools and not uses_runner_v2:
+        return "a pooling model: model runner V1 does not step after its passes"
     if getattr(parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
     if (prefill := getattr(parallel_config, "prefill_context_parallel_size", 1)) > 1:
