@@ -140,7 +140,8 @@ class CudaIpc:
         if epoch == self._epoch:
             return
         self._store, self._epoch, self._exchanges = None, -1, 0
-        store = self._store = dist.PrefixStore(f"{_PREFIX}/{epoch}", self._everyone)
+        store: Any = dist.PrefixStore(f"{_PREFIX}/{epoch}", self._everyone)
+        self._store = store
         if store.check(["failed"]):
             raise RuntimeError(f"EP rank {store.get('failed').decode()} has left epoch {epoch}")
         store.set(f"ready{self._rank}", "0")
@@ -205,7 +206,7 @@ class CudaIpc:
                     number = numbers.setdefault(storage.data_ptr(), len(numbers))
                     if number == len(offer.handles):
                         offer.handles.append(self._memory.share(storage))
-                    slots[-1].append(_Place(number, view.storage_offset(), view.numel()))
+                    slots[-1].append(_Place(number, int(view.storage_offset()), view.numel()))
             offer.places.append(slots)
         return offer
 
