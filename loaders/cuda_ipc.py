@@ -20,6 +20,7 @@ that has lost a worker.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -160,7 +161,8 @@ class CudaIpc:
         if self._fell_back:
             self._fallback.disconnect()
         elif self._store is not None:
-            self._store.set("failed", str(self._rank))
+            with contextlib.suppress(RuntimeError):  # the store ends with the engine
+                self._store.set("failed", str(self._rank))
         self._store, self._epoch = None, -1
 
     def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
