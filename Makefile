@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: demo test test-fast soak soak-aarch64 check format bench-planner bench-ipc bench-loader \
-  bench-source-routing clean
+.PHONY: demo test test-fast test-runner-v2 contract soak soak-aarch64 check format \
+  bench-planner bench-ipc bench-loader bench-source-routing bench-device clean
 
 demo: $(READY)
 	$(BIN)/eplb demo
@@ -19,6 +19,15 @@ test: $(READY)
 # everything but the tests that start a real vLLM
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not vllm"
+
+# vLLM's model runner V2 on the CPU, by Triton's interpreter (700 MB in build/triton)
+test-runner-v2: $(READY)
+	@test -d build/triton || $(PIP) install --no-deps --target build/triton triton==3.5.1
+	$(BIN)/python -m pytest tests/vllm/runner_v2.py
+
+# record anew what we touch of vLLM, from the wheels of the versions that we support
+contract: $(READY)
+	$(BIN)/python scripts/contract.py $(ARGS)
 
 # the long form of the tests of shared memory and of the loaders: some hours
 soak: $(READY)
@@ -50,6 +59,10 @@ bench-loader: $(BENCH_READY)
 
 bench-source-routing: $(READY)
 	$(BIN)/python -m benchmarks.source_routing
+
+# needs a CUDA device
+bench-device: $(READY)
+	$(BIN)/python -m benchmarks.device $(ARGS)
 
 $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

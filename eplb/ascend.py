@@ -16,6 +16,7 @@ from . import balanced
 from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
+from .runners import follow_warm_up
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class FlashUpdator:
 
     config: Config
     worker: Worker | None = None
-    is_dummy = False
+    is_dummy = warming = False
     tokens = 0
     batch: Any = None
     inert = ""
@@ -95,7 +96,7 @@ class FlashUpdator:
 
     def forward_before(self) -> None:
         """A forward pass is about to run."""
-        if self.worker is None:
+        if self.worker is None or self.warming:
             return
         if self.is_dummy:
             self.worker.settle()
@@ -104,6 +105,8 @@ class FlashUpdator:
 
     def forward_end(self, eplb_heat_collection_status: bool = True) -> None:
         """The forward pass is over; where the layers have not counted, there is no heat."""
+        if self.warming:
+            return
         if self.worker is not None:
             self.worker.step(self.is_dummy, 0 if self.is_dummy else phase_of(self.batch))
         elif not self.inert:
@@ -151,6 +154,7 @@ def hook_runner_v1(config: Config) -> None:
         follow_runner(runner.NPUModelRunner)
     if worker := sys.modules.get(WORKER):
         follow_updates(worker.NPUWorker, balanced.begin_update, balanced.end_update)
+        follow_warm_up(worker.NPUWorker)
 
 
 def missing_names(module: Any) -> list[str]:

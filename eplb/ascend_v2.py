@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import balanced
 from .ascend import WORKER, unsupported_group
-from .hooks import call_before
+from .runners import follow_runner_v2, follow_warm_up
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def state_class(base: Any) -> type:
 def follow(settle: Callable[[Any], None]) -> None:
     """Hook the runner and the worker; `settle` is called with the runner before dummy passes."""
     if module := sys.modules.get(RUNNER):
-        call_before(module.NPUModelRunner, "_dummy_run", settle)
+        follow_runner_v2(module.NPUModelRunner, settle)
     if module := sys.modules.get(WORKER):
         follow_updates(module.NPUWorker, balanced.begin_update, balanced.end_update)
+        follow_warm_up(module.NPUWorker)

@@ -87,8 +87,9 @@ class Config(BaseSettings):
     )
     transport: str = Field(
         "auto",
-        pattern="^(auto|gloo|nccl|hccl|engine)$",
-        description="how experts travel: auto, gloo, nccl, hccl or engine (vLLM's communicator)",
+        pattern="^(auto|gloo|nccl|hccl|ipc|engine)$",
+        description="how experts travel: auto, gloo, nccl, hccl, ipc or engine (vLLM's "
+        "communicator)",
     )
     verify: bool = Field(True, description="check each expert's digest before and after its way")
     patrol_steps: int = Field(
@@ -160,7 +161,7 @@ def allowed(name: str) -> str:
     if name == "routing":
         return "uniform or weighted"
     if name == "transport":
-        return "auto, gloo, nccl, hccl or engine"
+        return "auto, gloo, nccl, hccl, ipc or engine"
     if name == "record":
         return "the path of a folder, or nothing"
     if name in ("initial_placement", "save_placement"):

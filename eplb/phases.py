@@ -24,12 +24,16 @@ def phase_of(batch: Any) -> int:
     """`FLAG_PREFILL`, `FLAG_DECODE` or both for the forward pass of `batch`; 0 if it is unknown.
 
     Args:
-        batch: vLLM's `InputBatch` between a forward pass and the next one: `num_prompt_tokens` and
-            `num_computed_tokens_cpu` (before the pass) of its first `num_reqs` requests.
+        batch: vLLM's `InputBatch` between a forward pass and the next one, of its first `num_reqs`
+            requests: `is_prefilling_np` of model runner V2, `num_prompt_tokens` and
+            `num_computed_tokens_cpu` (before the pass) of V1.
     """
     try:
         requests = int(batch.num_reqs)
-        prefill = batch.num_computed_tokens_cpu[:requests] < batch.num_prompt_tokens[:requests]
+        if hasattr(batch, "is_prefilling_np"):
+            prefill = batch.is_prefilling_np[:requests]
+        else:
+            prefill = batch.num_computed_tokens_cpu[:requests] < batch.num_prompt_tokens[:requests]
     except AttributeError:
         return 0
     return FLAG_PREFILL * bool(prefill.any()) | FLAG_DECODE * (not prefill.all())

@@ -8,7 +8,9 @@ from ..loaders.staging import Stack, slot_views
 from .derived import left_behind
 
 
-def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: bool) -> str:
+def unsupported_mode(
+    parallel_config: Any, device_type: str, uses_runner_v2: bool, pools: bool = False
+) -> str:
     """Why a group of this configuration cannot be balanced; empty if it can.
 
     Known when vLLM builds its `EplbState`, before any model is registered.
@@ -17,21 +19,31 @@ def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: boo
         parallel_config: vLLM's `ParallelConfig`.
         device_type: "cpu", "cuda", ...
         uses_runner_v2: whether vLLM's model runner V2 runs the model.
+        pools: whether the model pools and does not generate.
     """
     ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
-    if device_type != "cpu":
-        return f"device {device_type!r}: this version balances vLLM's CPU build only"
+    if device_type not in ("cpu", "cuda"):
+        return f"device {device_type!r}: this version balances vLLM on cpu and cuda devices only"
     if parallel_config.pipeline_parallel_size > 1:
+        why = (
+            "each stage is an EP group of its own, and a session serves one"
+            if uses_runner_v2
+            else "on model runner V1 stages before the last do not count steps"
+        )
         return (
             f"pipeline parallelism (pipeline_parallel_size="
-            f"{parallel_config.pipeline_parallel_size}): on model runner V1 stages before the "
-            "last do not count steps"
+            f"{parallel_config.pipeline_parallel_size}): {why}"
         )
-    if uses_runner_v2:
-        return "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if pools and not uses_runner_v2:
+        return "a pooling model: model runner V1 does not step after its passes"
     if getattr(parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
-    if ranks * getattr(parallel_config, "prefill_context_parallel_size", 1) == 1:
+    if (prefill := getattr(parallel_config, "prefill_context_parallel_size", 1)) > 1:
+        return (
+            f"prefill context parallelism (prefill_context_parallel_size={prefill}): what a rank "
+            "counts then is not settled"
+        )
+    if ranks == 1:
         return "an EP group of one rank: there is nothing to balance"
     if parallel_config.data_parallel_size > 1 and parallel_config.tensor_parallel_size > 1:
         return (
@@ -41,8 +53,8 @@ def unsupported_mode(parallel_config: Any, device_type: str, uses_runner_v2: boo
         )
     if parallel_config.data_parallel_size > 1 and parallel_config.all2all_backend == "naive":
         return "naive dispatch (all2all_backend=naive): it counts every token once per DP rank"
-    if getattr(parallel_config, "enable_dbo", False):
-        return "dual batch overlap (enable_dbo)"
+    if getattr(parallel_config, "use_ubatching", False):
+        return "dual batch overlap (enable_dbo or ubatch_size)"
     return ""
 
 
@@ -69,6 +81,11 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                         f"which cannot be moved row by row ({physical // ranks} slots)"
                     )
         for number, layer in enumerate(getattr(state.model, "moe_layers", ())):
+            if getattr(layer, "do_naive_dispatch_combine", False):
+                return (
+                    f"{state.model_name}: naive dispatch in MoE layer {number} (its kernel does "
+                    "not dispatch by itself): it counts every token once per DP rank"
+                )
             held = getattr(layer, "routed_experts", layer)
             moved = [row for stack in state.model.expert_weights[number] for row in stack]
             if name := left_behind(held, moved, physical // ranks):

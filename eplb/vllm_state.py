@@ -23,8 +23,11 @@ from vllm.platforms import current_platform
 
 from . import ascend, ascend_v2, balanced
 from .config import Config
+from .contract import V1, V2
 from .hooks import call_before
 from .phases import phase_of, show_batches
+from .probe import probe
+from .runners import follow_runner_v2, follow_warm_up
 from .support import unsupported_mode, unsupported_model
 from .updates import follow_updates
 
@@ -44,6 +47,7 @@ class FlashState:
     worker: Worker | None = None
     inert = ""
     batch: Any = None
+    in_dummy = warming = False
     _agreed = False
 
     def add_model(self, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,14 +69,16 @@ class FlashState:
         """Upstream's, and the main model's forward passes are counted."""
         upstream = super().prepare_forward  # type: ignore[misc]
         upstream(model_config, num_unpadded_tokens, *args, **kwargs)
-        if self.worker is not None and model_config is self._main_model:
+        if self.worker is None or self.in_dummy or self.warming:
+            return
+        if model_config is self._main_model:
             self.worker.forward(int(num_unpadded_tokens))
 
     def step(
         self, is_dummy: bool = False, is_profile: bool = False, *args: Any, **kwargs: Any
     ) -> None:
-        """One step of ours instead of upstream's; profiling reserves nothing."""
-        if is_profile:
+        """One step of ours instead of upstream's; profiling and warming up count nothing."""
+        if is_profile or self.warming:
             return
         if self.worker is None and not self._agreed:
             self._make_worker(is_dummy)
@@ -154,9 +160,12 @@ def install(config: Config) -> None:
             return state
         if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
             follow_updates(module.Worker, balanced.begin_update, balanced.end_update)
+            follow_warm_up(module.Worker)
         if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
             show_batches(module.GPUModelRunner)
             call_before(module.GPUModelRunner, "_dummy_run", _settle)
+        if module := sys.modules.get("vllm.v1.worker.gpu.model_runner"):
+            follow_runner_v2(module.GPUModelRunner, _settle)
         return state
 
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]
@@ -191,4 +200,6 @@ def _reason(*args: Any, **kwargs: Any) -> str:
         return "EplbState is built in an unknown way by this version of vLLM"
     vllm_config = get_current_vllm_config_or_none()
     runner_v2 = vllm_config is not None and vllm_config.use_v2_model_runner
-    return unsupported_mode(parallel_config, device.type, runner_v2)
+    pools = vllm_config is not None and vllm_config.model_config.runner_type == "pooling"
+    mode = unsupported_mode(parallel_config, device.type, runner_v2, pools)
+    return mode or probe(V2 if runner_v2 else V1)

@@ -160,6 +160,16 @@ class PeerToPeer:
         return works
 
 
+def finish_stream(device: torch.device) -> None:
+    """Wait until the device is through with what this thread's stream waits for and was given.
+
+    Experts that are read from memory, or written to it, beside all streams need that first: the
+    commit before may still be on its way.
+    """
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()
+
+
 def _wait(works: list[dist.Work]) -> None:
     """Wait for all, those after a failed one too; then raise the first failure."""
     failure: RuntimeError | None = None
@@ -251,6 +261,7 @@ class EngineCommunicator:
         if self._epoch:
             self._fallback.exchange(moves, leaving, arriving)
             return
+        self._settle(moves, [*leaving, *arriving])
         for number in np.unique(moves["layer"]).tolist():
             communicator, layer = self._layers[number]
             held = self._held(moves[moves["layer"] == number])
@@ -263,6 +274,14 @@ class EngineCommunicator:
                     if parcel.layer == number:
                         call(parcel.views, parcel.peer, parcel.expert)
             communicator.execute()
+
+    def _settle(self, moves: np.ndarray, mine: list[Parcel]) -> None:
+        """Until the commit before has ended on the devices of all ranks: nixl reads from afar,
+        beside all streams. Its `execute` of nothing is a barrier; the others' has nothing to do."""
+        if mine:
+            finish_stream(mine[0].views[0].device)
+        for number in moves["layer"][:1].tolist():
+            self._layers[number][0].execute()
 
     def _held(self, moves: np.ndarray) -> np.ndarray:
         """int64 [ranks * slots]: the experts at the sources, -1 elsewhere."""

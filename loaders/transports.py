@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from .cuda_ipc import CudaIpc
 from .engine import Engine
 from .transport import EngineCommunicator, PeerToPeer, Transport
 
-_DEVICES = {"nccl": "cuda", "hccl": "npu"}
+_DEVICES = {"nccl": "cuda", "ipc": "cuda", "hccl": "npu"}
 
 
 def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool) -> str:
-    """One of "gloo", "nccl", "hccl" and "engine".
+    """One of "gloo", "nccl", "hccl", "ipc" and "engine".
 
     By itself: gloo on the CPU, HCCL on Ascend, and on CUDA the engine's communicator if it reads
-    memory from afar (nixl), else gloo by way of the host. NCCL beside the engine's own collectives
-    has hung others, so it is used only when it is asked for.
+    memory from afar (nixl), else CUDA IPC, which falls back to gloo by way of the host where a rank
+    cannot open the others' memory. NCCL beside the engine's own collectives has hung others, so it
+    is used only when it is asked for.
 
     Args:
         wanted: `EPLB_TRANSPORT`.
@@ -30,7 +32,7 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
     if wanted == "auto":
         if device == "cuda" and borrowed and "nixl" in communicator.lower():
             return "engine"
-        return "hccl" if device == "npu" else "gloo"
+        return {"npu": "hccl", "cuda": "ipc"}.get(device, "gloo")
     if wanted == "engine" and not communicator:
         raise ValueError(
             "EPLB_TRANSPORT=engine: this engine has no communicator of its own; use auto"
@@ -57,10 +59,12 @@ def make_transport(
     kind: str, engine: Engine, store: dist.Store, rank: int, ranks: int, timeout: float
 ) -> Transport:
     """The transport that `choose_transport` named; the arguments are those of `PeerToPeer`."""
-    if kind != "engine":
+    if kind not in ("engine", "ipc"):
         return PeerToPeer(kind, store, rank, ranks, timeout)
-    slots = engine.placement.shape[2]
     fallback = PeerToPeer("gloo", store, rank, ranks, timeout)
+    if kind == "ipc":
+        return CudaIpc(engine.weights, store, rank, ranks, timeout, fallback)
+    slots = engine.placement.shape[2]
     return EngineCommunicator(
         communicator_name(engine), engine.communicators, ranks, slots, fallback
     )

@@ -25,6 +25,7 @@ import world
 from flash_eplb.eplb import ascend
 from flash_eplb.eplb.config import load_config
 from flash_eplb.eplb.logs import configure
+from flash_eplb.loaders.routing import chosen_replicas
 from flash_eplb.planners.expert_map import SavedPlacement, read_map
 
 MODULES = {
@@ -126,6 +127,16 @@ class NPUModelRunner:
         self.eplb_updator.forward_end(True)
 
 
+class NPUWorker:
+    """Warms up before it serves."""
+
+    def __init__(self, model_runner):
+        self.model_runner = model_runner
+
+    def compile_or_warm_up_model(self):
+        self.model_runner._dummy_run(3)
+
+
 class FakeProcess:
     """Its planner process, which must not outlive our coming."""
 
@@ -206,6 +217,8 @@ class Case:
     def run(self):
         if "refused" in self.modes:
             return
+        NPUWorker(self.runner).compile_or_warm_up_model()
+        assert not self.worker._started
         self.step(dummy=True)
         assert not self.worker.refused, self.worker.refused
         if "map" in self.modes:
@@ -219,6 +232,8 @@ class Case:
             self.hand.send(self.worker, wanted)
             self.steps_until(lambda wanted=wanted: world.same(self.worker.placement, wanted))
             self.check()
+        if "planner" not in self.modes:
+            self.check_rerouting()
         self.check_heat()
         assert not self.worker.has_stopped
         placement = self.worker.placement.copy()
@@ -226,6 +241,24 @@ class Case:
         self.worker.close()
         self.check_saved(placement)
         self.check_their_cycle(placement)
+
+    def check_rerouting(self):
+        """Nothing moves, and each rank sends to the replica that the columns give it."""
+        placement, epoch = self.worker.placement, self.worker.epoch
+        columns = np.ones(placement.shape, np.int16)
+        mine = []
+        for number, held in enumerate(placement):
+            replicas = np.bincount(held.ravel())
+            for expert in np.flatnonzero(replicas > 1):
+                rank, slot = np.argwhere(held == expert)[-1]  # the last one gets what is left
+                columns[number, rank, slot] = coordinator.world_size + 1 - replicas[expert]
+            mine.append(chosen_replicas(held, world.EXPERTS, columns[number]))
+        self.hand.reroute(self.worker, columns)
+        self.steps_until(lambda: self.worker.epoch > epoch)
+        assert np.array_equal(self.worker.placement, placement)
+        self.check()
+        for layer, chosen in zip(self.runner.layers, mine, strict=True):
+            assert np.array_equal(layer.log2phy.numpy(), chosen[coordinator.rank_in_group])
 
     def steps_until(self, done, most=world.STEPS):
         for count in range(most):
@@ -358,5 +391,6 @@ if __name__ == "__main__":
     coordinator = real.join(rank, ranks, folder)
     modules.parallel._DYNAMIC_EPLB = coordinator
     real.module(ascend.RUNNER, NPUModelRunner=NPUModelRunner)
+    real.module(ascend.WORKER, NPUWorker=NPUWorker)
     configure("INFO")
     main(cases)

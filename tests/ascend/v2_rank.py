@@ -18,6 +18,7 @@ import real
 import torch
 import torch.distributed as dist
 import world
+from vllm.v1.worker.gpu.eplb_utils import step_eplb_after
 
 from flash_eplb.eplb.config import load_config
 from flash_eplb.eplb.logs import configure
@@ -103,6 +104,47 @@ class ModelConfig:
         return "hash"
 
 
+class NPUModelRunner:
+    """The calls that its runner makes of the controller (test_v2.py); a dummy pass runs through
+    `execute_model`, too."""
+
+    execute_model_state = None
+
+    def __init__(self, controller, model, model_config):
+        self.eplb, self.passes = controller, 0
+        self._model, self._config = model, model_config
+
+    @property
+    def eplb_state(self):
+        return self.eplb.state
+
+    def execute_model(self, scheduler_output, dummy_run=False):
+        self.passes += 1
+        self.eplb.set_batch_phase(self.passes % 2 == 0)
+        self.eplb.prepare_forward(self._config, world.TOKENS)
+        self._model.run(1000 * self.passes + dist.get_rank(), dist.get_world_size())
+
+    @step_eplb_after()
+    def sample_tokens(self, grammar_output):
+        return grammar_output
+
+    @step_eplb_after(is_dummy=True)
+    def _dummy_run(self, num_tokens, skip_eplb=False, is_profile=False):
+        self.execute_model(None, dummy_run=True)
+
+
+class NPUWorker:
+    """Warms up before it serves, with passes that are stepped."""
+
+    def __init__(self, model_runner):
+        self.model_runner = model_runner
+
+    def compile_or_warm_up_model(self):
+        self.model_runner._dummy_run(3)
+        self.model_runner.execute_model(None)
+        self.model_runner.sample_tokens(None)
+
+
 class Case:
     """One form of layers, from the model's registration to the end of the session."""
 
@@ -144,8 +186,9 @@ class Case:
         self.model_config = ModelConfig()
         self.state.add_model(self.model, self.model_config)
         self.controller._has_registered_models = True
+        self.runner = NPUModelRunner(self.controller, self.model, self.model_config)
         assert not self.state.is_async
-        self.session, self.hand, self.passes = session, world.Hand(session), 0
+        self.session, self.hand = session, world.Hand(session)
         self.start = placement
 
     @property
@@ -153,16 +196,17 @@ class Case:
         return self.state.worker
 
     def step(self, dummy=False):
-        self.passes += 1
-        self.controller.set_batch_phase(self.passes % 2 == 0)
-        if not dummy:
-            self.controller.prepare_forward(self.model_config, world.TOKENS)
-        self.model.run(1000 * self.passes + self.rank, coordinator.world_size)
-        self.controller.step(is_dummy=dummy)
+        if dummy:
+            self.runner._dummy_run(1)
+        else:
+            self.runner.execute_model(None)
+            self.runner.sample_tokens(None)
         self.hand.turn()
 
     def run(self):
-        self.controller.step(is_profile=True)
+        self.runner._dummy_run(9, is_profile=True)
+        NPUWorker(self.runner).compile_or_warm_up_model()
+        assert self.worker is None
         self.step(dummy=True)
         assert self.worker is not None, self.state.inert
         assert not self.worker.refused, self.worker.refused
@@ -210,7 +254,7 @@ class Case:
     def check_heat(self):
         """The planner's view of a step is what all ranks' batches sent where."""
         group = world.attach_heat(self.session)
-        before = self.passes
+        before = self.runner.passes
         for _ in range(3):
             self.step()
         counted = world.counted([1000 * (before + turn + 1) + self.rank for turn in range(3)])
@@ -240,8 +284,10 @@ if __name__ == "__main__":
     from vllm.distributed import parallel_state
     from vllm.distributed.eplb import eplb_state
 
-    from flash_eplb.eplb import vllm_state
+    from flash_eplb.eplb import ascend, ascend_v2, vllm_state
 
+    real.module(ascend_v2.RUNNER, NPUModelRunner=NPUModelRunner)
+    real.module(ascend.WORKER, NPUWorker=NPUWorker)
     eplb_state.EplbState.cuda_device_index = 0  # of the vLLM that this version is for
     rank = real.fork(ranks, folder)
     coordinator = real.join(rank, ranks, folder)

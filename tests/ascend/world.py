@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.ipc.liveness import SegmentError
+from flash_eplb.ipc.placement import MOVE
 from flash_eplb.planners.delivery import Delivery, Progress
 from flash_eplb.planners.group import Group
-from flash_eplb.planners.plan import make_plan
+from flash_eplb.planners.plan import PlannedRound, make_plan
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 24
 STEPS = 4000  # within which a plan must be committed
@@ -80,6 +81,19 @@ class Hand:
         rounds = make_plan(worker.placement, wanted).rounds(self._group.free_rows())
         self._delivery = Delivery(
             self._group, rounds, 7, self._plans, self._sequence, worker.epoch, 10**6
+        )
+        self._sequence = self._delivery.next_sequence
+
+    def reroute(self, worker: Any, columns: np.ndarray) -> None:
+        """Other routing columns for all layers, int16 [layers, ranks, slots]; nothing moves."""
+        if dist.get_rank():
+            return
+        assert self._group is not None
+        self._plans += 1
+        layers = np.arange(len(columns))
+        part = PlannedRound(np.empty(0, MOVE), worker.placement, columns, layers)
+        self._delivery = Delivery(
+            self._group, [part], 7, self._plans, self._sequence, worker.epoch, 10**6
         )
         self._sequence = self._delivery.next_sequence
 

@@ -29,6 +29,22 @@ def test_a_request_is_in_prefill_until_its_prompt_is_computed(requests, phase):
     assert phase_of(batch(*requests)) == phase
 
 
+@pytest.mark.parametrize(
+    ("prefilling", "phase"),
+    [
+        ([True, True], FLAG_PREFILL),
+        ([False], FLAG_DECODE),
+        ([True, False], FLAG_PREFILL | FLAG_DECODE),
+        ([], 0),
+    ],
+)
+def test_a_batch_of_model_runner_v2_says_it_itself(prefilling, phase):
+    found = SimpleNamespace(
+        num_reqs=len(prefilling), is_prefilling_np=np.array([*prefilling, True, False])
+    )
+    assert phase_of(found) == phase
+
+
 @pytest.mark.parametrize("unknown", [None, SimpleNamespace(num_reqs=1)])
 def test_a_batch_of_an_unknown_kind_has_no_phase(unknown):
     assert phase_of(unknown) == 0

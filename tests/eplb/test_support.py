@@ -14,15 +14,17 @@ def config(**changes):
         "prefill_context_parallel_size": 1,
         "enable_elastic_ep": False,
         "all2all_backend": "allgather_reducescatter",
-        "enable_dbo": False,
+        "use_ubatching": False,
     }
     return SimpleNamespace(**{**fields, **changes})
 
 
-def test_tensor_or_data_parallel_groups_on_the_cpu_are_supported():
-    assert unsupported_mode(config(), "cpu", False) == ""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("runner_v2", [False, True])
+def test_tensor_or_data_parallel_groups_are_supported(device, runner_v2):
+    assert unsupported_mode(config(), device, runner_v2) == ""
     alone = config(tensor_parallel_size=1, data_parallel_size=2)
-    assert unsupported_mode(alone, "cpu", False) == ""
+    assert unsupported_mode(alone, device, runner_v2) == ""
 
 
 @pytest.mark.parametrize(
@@ -36,16 +38,27 @@ def test_tensor_or_data_parallel_groups_on_the_cpu_are_supported():
             {"tensor_parallel_size": 1, "data_parallel_size": 2, "all2all_backend": "naive"},
             "naive dispatch",
         ),
-        ({"enable_dbo": True}, "dual batch overlap"),
+        ({"use_ubatching": True}, "dual batch overlap (enable_dbo or ubatch_size)"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
     ],
 )
 def test_an_unsupported_mode_is_refused_by_name(changes, reason):
     assert reason in unsupported_mode(config(**changes), "cpu", False)
 
 
-def test_other_devices_and_runners_are_refused_by_name():
-    assert "device 'cuda'" in unsupported_mode(config(), "cuda", False)
-    assert "VLLM_USE_V2_MODEL_RUNNER=0" in unsupported_mode(config(), "cpu", True)
+def test_other_devices_are_refused_by_name():
+    assert "device 'xpu'" in unsupported_mode(config(), "xpu", False)
+
+
+def test_pipeline_stages_are_refused_with_the_reason_of_the_runner():
+    stages = config(pipeline_parallel_size=2)
+    assert "stages before the last do not count steps" in unsupported_mode(stages, "cuda", False)
+    assert "each stage is an EP group of its own" in unsupported_mode(stages, "cuda", True)
+
+
+def test_a_pooling_model_is_refused_where_its_passes_are_not_stepped():
+    assert "model runner V1 does not step" in unsupported_mode(config(), "cuda", False, pools=True)
+    assert unsupported_mode(config(), "cuda", True, pools=True) == ""
 
 
 def state(physical=10, experts=8, weights=None):
@@ -73,3 +86,11 @@ def test_models_that_cannot_be_moved_are_refused_by_name():
     assert unsupported_model([listed], ranks=2) == ""
     short = state(weights=[[torch.zeros(4, 6)]])
     assert "has 4 rows of shape (6,)" in unsupported_model([short], ranks=2)
+
+
+def test_a_layer_whose_kernel_does_not_dispatch_by_itself_is_refused_by_name():
+    made = state()
+    made.model.moe_layers = [SimpleNamespace(do_naive_dispatch_combine=False)]
+    assert unsupported_model([made], ranks=2) == ""
+    made.model.moe_layers[0].do_naive_dispatch_combine = True
+    assert "m: naive dispatch in MoE layer 0" in unsupported_model([made], ranks=2)

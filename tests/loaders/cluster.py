@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from flash_eplb.loaders.patrol import Patrol
 from flash_eplb.loaders.stager import Stager
 from flash_eplb.loaders.stager_pool import StagerPool
 from flash_eplb.loaders.staging import Staging, row_bytes
-from flash_eplb.loaders.transport import PeerToPeer
+from flash_eplb.loaders.transport import PeerToPeer, Transport
 from flash_eplb.loaders.vote import Vote
 
 GENERATION = 77
@@ -67,6 +68,10 @@ class FakeEngine:
         return np.array(rows)
 
 
+def gloo(engine, store, rank: int, ranks: int, timeout: float) -> Transport:  # type: ignore[no-untyped-def]
+    return PeerToPeer("gloo", store, rank, ranks, timeout)
+
+
 class Rank:
     """One rank of a `Cluster`."""
 
@@ -79,7 +84,9 @@ class Rank:
         staging = Staging(self.engine.weights, cluster.shape.staging_rows)
 
         def make_stager() -> Stager:
-            transport = PeerToPeer("gloo", store.clone(), rank, ranks, cluster.transfer_timeout)
+            transport = cluster.transport(
+                self.engine, store.clone(), rank, ranks, cluster.transfer_timeout
+            )
             return Stager(self.engine.weights, staging, transport, rank, cluster.reference)
 
         self.stagers = StagerPool(make_stager, rank, cluster.shape.staging_rows)
@@ -116,8 +123,10 @@ class Cluster:
         timeout_steps: int = 50_000,
         transfer_timeout: float = 20.0,
         patrol_steps: int = 0,
+        transport: Callable[..., Transport] = gloo,
     ):
         self.session = session
+        self.transport = transport
         self.sizes = (layers, experts, ranks, slots)
         self.vote_steps = vote_steps
         self.timeout_steps = timeout_steps

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders import transport
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape
 from flash_eplb.loaders.transport import EngineCommunicator, Parcel, PeerToPeer
 from flash_eplb.loaders.transports import choose_transport, communicator_name, make_transport
@@ -128,6 +129,8 @@ class Communicator:
         self.meeting = meeting
         self.layer = None
         self.contexts = []
+        self.received = []
+        self.executed_first = False
 
     def set_transfer_context(self, old_indices, layer_idx):
         assert self.layer is None, "the last layer was not executed"
@@ -142,11 +145,13 @@ class Communicator:
         self.received.append((tensors, (self.layer, expert_id, src_rank, self.rank)))
 
     def execute(self):
+        self.executed_first |= not self.contexts
         self.meeting.wait(10)  # every rank executes every layer
         for tensors, key in self.received:
             for target, source in zip(tensors, self.table[key], strict=True):
                 target.copy_(source)
         self.layer = None
+        self.received = []
 
 
 def with_communicators(store):
@@ -177,6 +182,22 @@ def test_the_engines_communicator_moves_one_layer_after_the_other():
     assert made[0].contexts[0][1] == [[-1, -1, -1], [5, 6, -1], [-1, -1, -1]]
 
 
+def test_before_an_expert_moves_all_devices_have_come_past_the_last_commit(monkeypatch):
+    finished = []
+    monkeypatch.setattr(transport, "finish_stream", lambda device: finished.append(str(device)))
+    made, transports = with_communicators(dist.HashStore())
+    in_ranks(lambda rank: transports[rank].connect(0))
+
+    def one(rank):
+        leaving, arriving = parcels(ROUND, rank)
+        transports[rank].exchange(ROUND, leaving, arriving)
+        return len(finished)
+
+    assert in_ranks(one) == [RANKS] * RANKS
+    assert all(one.executed_first for one in made)
+    transports[0].exchange(ROUND[:0], [], [])  # of nothing, it waits for nobody
+
+
 def test_after_a_round_that_failed_the_fallback_moves_experts():
     made, transports = with_communicators(dist.HashStore())
     in_ranks(lambda rank: transports[rank].connect(0))
@@ -195,8 +216,10 @@ def test_after_a_round_that_failed_the_fallback_moves_experts():
         ("auto", "cpu", "TorchDistNcclEplbCommunicator", True, "gloo"),
         ("auto", "npu", "", False, "hccl"),
         ("auto", "cuda", "NixlEplbCommunicator", True, "engine"),
-        ("auto", "cuda", "NixlEplbCommunicator", False, "gloo"),
-        ("auto", "cuda", "TorchDistNcclEplbCommunicator", True, "gloo"),
+        ("auto", "cuda", "NixlEplbCommunicator", False, "ipc"),
+        ("auto", "cuda", "TorchDistNcclEplbCommunicator", True, "ipc"),
+        ("auto", "cuda", "", False, "ipc"),
+        ("ipc", "cuda", "NixlEplbCommunicator", True, "ipc"),
         ("gloo", "cuda", "NixlEplbCommunicator", True, "gloo"),
         ("nccl", "cuda", "", False, "nccl"),
         ("engine", "cpu", "TorchDistNcclEplbCommunicator", False, "engine"),
@@ -209,6 +232,8 @@ def test_the_choice(wanted, device, communicator, borrowed, chosen):
 def test_a_transport_that_cannot_serve_here_is_refused():
     with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=nccl: .* cuda .* lie on cpu; use auto"):
         choose_transport("nccl", "cpu", "", False)
+    with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=ipc: .* cuda .* lie on cpu; use auto"):
+        choose_transport("ipc", "cpu", "", False)
     with pytest.raises(ValueError, match=r"EPLB_TRANSPORT=hccl: .* npu .* lie on cuda"):
         choose_transport("hccl", "cuda", "", False)
     with pytest.raises(ValueError, match="EPLB_TRANSPORT=engine: this engine has no communicator"):
@@ -224,6 +249,7 @@ def test_transports_are_made_by_name():
     store = dist.HashStore()
     assert communicator_name(engine) == ""
     assert make_transport("gloo", engine, store, 0, 2, 1.0).name == "gloo"
+    assert make_transport("ipc", engine, store, 0, 2, 1.0).name == "ipc"
     engine.communicators = [(Communicator(0, {}, None), 0)]
     assert communicator_name(engine) == "Communicator"
     assert make_transport("engine", engine, store, 0, 2, 1.0).name == "Communicator"

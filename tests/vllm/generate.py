@@ -49,6 +49,7 @@ def main() -> None:
                 prompts = [{"prompt_token_ids": prompt} for prompt in batch]
                 outputs = llm.generate(prompts, sampling, use_tqdm=False)
                 answers.append([list(output.outputs[0].token_ids) for output in outputs])
+                llm.collective_rpc("execute_dummy_batch")  # as an idle rank of a DP group does
             passes.append(answers)
             if observer.commits() >= least:
                 break

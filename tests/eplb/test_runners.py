@@ -1,0 +1,164 @@
+"""Model runner V2 as vLLM builds it: its own decorator and controller around a runner of ours."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from flash_eplb.eplb.runners import follow_runner_v2, follow_warm_up
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    """The parts of the installed vLLM, and our state."""
+    level = logging.root.level
+    from vllm.v1.worker.gpu.eplb_utils import EPLBController, step_eplb_after
+
+    from flash_eplb.eplb import vllm_state
+
+    logging.root.setLevel(level)
+    return SimpleNamespace(
+        controller=EPLBController, step_eplb_after=step_eplb_after, state=vllm_state
+    )
+
+
+class Worker:
+    """In the place of `eplb.worker.Worker`: a log of what it was told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def settle(self):
+        self.calls.append("settle")
+
+    def forward(self, tokens):
+        self.calls.append(("forward", tokens))
+
+    def step(self, is_dummy, phase):
+        self.calls.append(("step", is_dummy, phase))
+
+    def told(self):
+        told, self.calls = self.calls, []
+        return told
+
+
+def model_config():
+    return SimpleNamespace(compute_hash=lambda: "main")
+
+
+def batch(*prefilling):
+    return SimpleNamespace(num_reqs=len(prefilling), is_prefilling_np=np.array([*prefilling, True]))
+
+
+@pytest.fixture
+def runner(vllm):
+    class GPUModelRunner:
+        def __init__(self):
+            parallel = SimpleNamespace(
+                enable_eplb=True, eplb_config=SimpleNamespace(log_balancedness=False)
+            )
+            self.eplb = vllm.controller(parallel, None)
+            self.execute_model_state = None
+            self.model_config = model_config()
+            self.draft_config = model_config()
+
+        @property
+        def eplb_state(self):
+            return self.eplb.state
+
+        def execute_model(self, batch, tokens):
+            self.eplb.prepare_forward(self.model_config, tokens)
+            self.execute_model_state = SimpleNamespace(input_batch=batch)
+
+        @vllm.step_eplb_after()
+        def sample_tokens(self, grammar_output):
+            self.execute_model_state = None
+            self.eplb.prepare_forward(self.draft_config, 7)  # of a drafter, in vLLM's own way
+            return "sampled"
+
+        @vllm.step_eplb_after()
+        def pool(self):
+            self.execute_model_state = None
+            return "pooled"
+
+        @vllm.step_eplb_after(is_dummy=True)
+        def _dummy_run(self, tokens, skip_eplb=False, is_profile=False):
+            self.execute_model(batch(), tokens)
+            self.execute_model_state = None
+            return "dummy"
+
+    follow_runner_v2(GPUModelRunner, vllm.state._settle)
+    follow_runner_v2(GPUModelRunner, vllm.state._settle)  # a second state wraps nothing twice
+    made = GPUModelRunner()
+    state = object.__new__(vllm.state.FlashEplbState)
+    state.model_states = {}
+    state.should_record_tensor = None
+    state._main_model = made.model_config
+    state.worker = Worker()
+    made.eplb.state = state
+    made.eplb._has_registered_models = True
+    return made
+
+
+def test_a_real_pass_is_counted_once_and_stepped_once_with_its_phase(runner):
+    runner.execute_model(batch(True, False), 12)
+    assert runner.sample_tokens(None) == "sampled"
+    both = FLAG_PREFILL | FLAG_DECODE
+    assert runner.eplb.state.worker.told() == [("forward", 12), ("step", False, both)]
+    runner.execute_model(batch(True), 5)
+    assert runner.pool() == "pooled"
+    assert runner.eplb.state.worker.told() == [("forward", 5), ("step", False, FLAG_PREFILL)]
+
+
+def test_a_dummy_pass_settles_and_steps_but_is_no_forward_pass(runner):
+    assert runner._dummy_run(3) == "dummy"
+    settled, step = runner.eplb.state.worker.told()
+    assert settled == "settle"
+    assert step[:2] == ("step", True)
+    assert not runner.eplb.state.in_dummy
+
+
+def test_what_skips_eplb_or_profiles_does_not_step(runner):
+    runner._dummy_run(3, skip_eplb=True)
+    runner._dummy_run(3, is_profile=True)
+    assert runner.eplb.state.worker.told() == ["settle", "settle"]
+
+
+def test_a_dummy_pass_that_fails_is_over(runner, monkeypatch):
+    monkeypatch.setattr(type(runner), "execute_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner._dummy_run(3)
+    assert not runner.eplb.state.in_dummy
+
+
+def test_a_runner_without_a_state_or_with_vllm_s_own_goes_on(runner):
+    runner.eplb.state = None
+    assert runner.sample_tokens(None) == "sampled"
+    assert runner._dummy_run(3) == "dummy"
+    runner.eplb.state = SimpleNamespace(
+        prepare_forward=lambda *_: None, step=lambda *_, **__: None, should_record_tensor=None
+    )
+    assert runner._dummy_run(3) == "dummy"
+    assert runner.sample_tokens(None) == "sampled"
+
+
+def test_the_warm_up_counts_nothing_on_either_runner(runner):
+    class Worker:
+        def __init__(self, model_runner):
+            self.model_runner = model_runner
+
+        def compile_or_warm_up_model(self):
+            self.model_runner.execute_model(batch(True), 8)
+            self.model_runner.sample_tokens(None)
+            self.model_runner._dummy_run(8)
+            return "warm"
+
+    follow_warm_up(Worker)
+    assert Worker(runner).compile_or_warm_up_model() == "warm"
+    assert runner.eplb.state.worker.told() == ["settle"]
+    assert not runner.eplb.state.warming
+    runner.eplb.state.worker = None  # nor is a worker made
+    assert Worker(runner).compile_or_warm_up_model() == "warm"
+    assert runner.eplb.state.worker is None
