@@ -11,7 +11,6 @@ import logging
 import secrets
 import socket
 import time
-from dataclasses import replace
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -175,8 +174,8 @@ class Worker:
         self._started = True
         try:
             generation = self._agree()
-            store = dist.PrefixStore(f"flash_eplb/{generation}", self._group.store)
-            self._group = replace(self._group, store=store)  # a group before us left keys there
+            prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
+            self._group.store = dist.PrefixStore(prefix, self._group.store)
             self._reference = take_reference(self._group, self._engine, self._shape.experts)
             Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
