@@ -68,6 +68,8 @@ class FlashUpdator:
 
     def warm_up_eplb(self) -> None:
         """Once the layers are there, on all ranks: agree to balance them, or not to."""
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+
         from ..ipc.rank_segment import warmup
         from ..loaders.ascend_engine import AscendEngine
         from .worker import Worker
@@ -89,7 +91,7 @@ class FlashUpdator:
                 "flash_eplb does not balance: %s; vLLM-Ascend serves on, unbalanced", self.inert
             )
             return
-        group = balanced.group_of(coordinator, tuple(range(coordinator.world_size)))
+        group = balanced.group_of(coordinator, get_tensor_model_parallel_world_size())
         models = [("model", len(adaptor.moe_layers))]
         experts = adaptor.moe_layers[0].global_expert_map.shape[1]
         self.worker = Worker(self.config, group, engines[0], models, experts)
@@ -124,7 +126,13 @@ def install(config: Config) -> None:
     """Let vLLM-Ascend's model runner V1 be balanced by us, as soon as its worker is made."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    call_before(WorkerBase, "__init__", lambda _: hook_runner_v1(config))
+    def hook(worker: Any) -> None:
+        try:
+            hook_runner_v1(config)
+        except Exception:  # a worker that is being made must not fail by us
+            log.exception("flash_eplb does not fit this vLLM-Ascend, which serves on without it")
+
+    call_before(WorkerBase, "__init__", hook)
 
 
 def hook_runner_v1(config: Config) -> None:
@@ -137,7 +145,10 @@ def hook_runner_v1(config: Config) -> None:
         return
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        reason = unsupported_group(_parallel_config(), _ascend_config())
+        try:
+            reason = unsupported_group(_parallel_config(), _ascend_config())
+        except Exception as error:
+            reason = f"its settings cannot be read ({type(error).__name__}: {error})"
         if reason:
             log.error(
                 "flash_eplb does not balance: %s; vLLM-Ascend's own balancer stays in charge",

@@ -51,14 +51,15 @@ def agree(group: torch.distributed.ProcessGroup, reason: str) -> str:
     return next(filter(None, reasons), "")
 
 
-def group_of(coordinator: Any, counting: tuple[int, ...]) -> Group:
-    """The EP group of vLLM's `GroupCoordinator`; `counting` is that of `GroupShape`."""
+def group_of(coordinator: Any, tensor_parallel: int) -> Group:
+    """The EP group of vLLM's `GroupCoordinator`, of which `tensor_parallel` ranks each run the same
+    batch."""
     return Group(
         rank=coordinator.rank_in_group,
         ranks=coordinator.world_size,
         cpu_group=coordinator.cpu_group,
         store=torch.distributed.distributed_c10d._get_default_store(),
-        counting=counting,
+        counting=tuple(range(0, coordinator.world_size, tensor_parallel)),
         patience=_patience(coordinator.cpu_group),
     )
 

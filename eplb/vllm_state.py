@@ -102,8 +102,7 @@ class FlashState:
         from .worker import Worker
 
         engine = self._make_engine(states, coordinator)
-        every = 1 if engine.counts_own_slots else self.parallel_config.tensor_parallel_size
-        group = balanced.group_of(coordinator, tuple(range(0, ranks, every)))
+        group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
         self.worker = Worker(self.config, group, engine, engine.models, experts)
         if not is_dummy:

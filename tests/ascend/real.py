@@ -59,6 +59,7 @@ def join(rank: int, ranks: int, folder: str) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     parallel_state._PP = SimpleNamespace(rank_in_group=0, is_last_rank=True, world_size=1)
+    parallel_state._TP = SimpleNamespace(rank_in_group=0, world_size=1)
     everyone = [list(range(ranks))]
     return parallel_state.init_model_parallel_group(
         everyone, rank, "gloo", group_name="ep", use_device_communicator=False

@@ -82,6 +82,34 @@ def test_a_mode_that_is_not_supported_is_left_to_upstream(module, monkeypatch, c
     assert "vLLM-Ascend's own balancer stays in charge" in caplog.text
 
 
+def test_settings_that_cannot_be_read_leave_upstream_in_charge(module, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("Ascend config is not initialized")
+
+    monkeypatch.setattr(ascend, "_ascend_config", fail)
+    ascend.hook_runner_v1(Config())
+    assert type(make(module)) is module.EplbUpdator
+    assert "cannot be read (RuntimeError: Ascend config is not initialized)" in caplog.text
+
+
+def test_a_worker_is_made_even_if_the_hook_fails(monkeypatch, caplog):
+    class WorkerBase:
+        made = False
+
+        def __init__(self):
+            self.made = True
+
+    def fail(config):
+        raise AttributeError("no EplbUpdator")
+
+    base = SimpleNamespace(WorkerBase=WorkerBase)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.worker_base", base)
+    monkeypatch.setattr(ascend, "hook_runner_v1", fail)
+    ascend.install(Config())
+    assert WorkerBase().made
+    assert "flash_eplb does not fit this vLLM-Ascend" in caplog.text
+
+
 def test_an_updator_that_we_do_not_know_is_left_alone(module, caplog):
     del module.VllmEplbAdaptor
     module.EplbUpdator.forward_end = None

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -67,6 +68,8 @@ def hooks(environment):
         package, _, name = module.__name__.rpartition(".")
         environment.setitem(sys.modules, module.__name__, module)
         environment.setattr(importlib.import_module(package), name, module, raising=False)
+    ascend = "flash_eplb.eplb.ascend.install"
+    environment.setattr(ascend, lambda config: done.append(("ascend", config.session)))
     environment.setattr(plugin, "_sweep_at_exit", lambda session: done.append(("sweep", session)))
     environment.setattr("flash_eplb.eplb.logs.configure", lambda level: done.append(("log", level)))
     done.append(state)
@@ -81,11 +84,17 @@ def hooks(environment):
         ({"EPLB_CPU_PATCHES": "1"}, [("patches",)]),
         (
             {"EPLB_ENABLED": "1", "EPLB_SESSION": "a", "EPLB_LOG_LEVEL": "debug"},
-            [("log", "DEBUG"), ("state", "a"), ("sweep", "a")],
+            [("log", "DEBUG"), ("state", "a"), ("ascend", "a"), ("sweep", "a")],
         ),
         (
             {"EPLB_ENABLED": "1", "EPLB_CPU_PATCHES": "1"},
-            [("patches",), ("log", "INFO"), ("state", "default"), ("sweep", "default")],
+            [
+                ("patches",),
+                ("log", "INFO"),
+                ("state", "default"),
+                ("ascend", "default"),
+                ("sweep", "default"),
+            ],
         ),
     ],
 )
@@ -109,3 +118,16 @@ def test_a_vllm_that_does_not_fit_is_logged_and_nothing_is_raised(hooks, environ
     assert record.getMessage().startswith("flash_eplb is off: it does not fit this vLLM")
     assert "EplbState has no step" in str(record.exc_info[1])
     assert ("sweep", "default") not in hooks
+
+
+@pytest.mark.parametrize("listed", ["flash_eplb", "flash_eplb,ascend"])
+def test_a_list_of_plug_ins_that_leaves_ascend_out_is_logged(hooks, environment, caplog, listed):
+    installed = [EntryPoint("ascend", "vllm_ascend:register", "vllm.platform_plugins")]
+    environment.setattr("flash_eplb.eplb.ascend.entry_points", lambda group: installed)
+    environment.setattr(logging.getLogger("flash_eplb"), "propagate", True)
+    environment.setenv("EPLB_ENABLED", "1")
+    environment.setenv("VLLM_PLUGINS", listed)
+    plugin.register()
+    left_out = "VLLM_PLUGINS=flash_eplb leaves out 'ascend', the platform plug-in of vLLM-Ascend"
+    assert (left_out in caplog.text) == (listed == "flash_eplb")
+    assert ("state", "default") in hooks

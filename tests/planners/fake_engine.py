@@ -91,7 +91,8 @@ class FakeEngine:
                 rank.status[Field.DROPPED_ROUND] = round_.sequence
             return
         assert round_.epoch == self.epoch
-        self.most_rows = max(self.most_rows, np.bincount(round_.move_array()["rank"]).max())
+        rows = np.bincount(round_.move_array()["rank"], minlength=1)
+        self.most_rows = max(self.most_rows, rows.max())
         self.columns = round_.column_array()
         self.moves = round_.move_array()
         self.commit(check_round(round_, self.shape, self.placement))

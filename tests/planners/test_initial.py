@@ -310,3 +310,30 @@ def test_an_engine_whose_ranks_pick_replicas_gets_senders_as_columns(session):
         run(scenario())
     finally:
         engine.close()
+
+
+def test_a_plan_that_only_routes_anew_is_sent_committed_and_recorded(session, tmp_path, caplog):
+    engine = FakeEngine(session, layers=1, experts=15, ranks=8, slots=2, own=True, by_source=True)
+    demand = np.full((1, 15), 160)
+    demand[0, :2] = 320, 240  # expert 0 is on the ranks of experts 1 and 14
+    before = engine.placement.copy()
+    made = recorder_of(str(tmp_path), 64, session, {})
+    try:
+
+        async def scenario():
+            planner = Planner(session, FlashLB, PACE, make_recorder=made)
+            task = asyncio.create_task(planner.run())
+            await until(engine, lambda: engine.epoch, demand)
+            await until(engine, lambda: "plan 1 committed" in caplog.text, demand)
+            planner.stop()
+            await task
+
+        run(scenario())
+        assert len(engine.moves) == 0
+        assert (engine.placement == before).all()
+        assert engine.columns[0, 0, 0] < 4 < engine.columns[0, 7, 1]
+        assert "plan 1: 1 of 1 layers (1 of them only routed anew), 0 moves in 1 r" in caplog.text
+    finally:
+        engine.close()
+    plans = Recording(tmp_path).table("plans")
+    assert (plans["moves"].tolist(), plans["layers"].tolist()) == ([0], [1])
