@@ -52,7 +52,7 @@ for effort, routing, threads in product(
             given = next(layouts)(today)
             heat.flags.writeable = given.flags.writeable = False
             plan = planner.plan(heat, given, every, limit)
-            assert plan.rounds(1) == [] or plan.rounds(np.int64(3)) and len(plan.moves)
+            assert plan.rounds(1) == [] or plan.rounds(np.int64(3)) and len(plan.changed)
             today = plan.placement
 after = compiled()
 assert before == after, {k: k.signatures for k in kernels if before[k] != after[k]}
