@@ -387,7 +387,7 @@ class FlashLB:
 
 def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """PAR of each episode [T, n] of placements of all layers of `tokens`."""
-    return divided_par(tokens, placement, np.arange(len(placement)), columns)
+    return divided_par(np.ascontiguousarray(tokens), placement, np.arange(len(placement)), columns)
 
 
 def _hoped(par):
