@@ -22,6 +22,7 @@ STATE = "vllm_ascend.distributed.eplb.eplb_state"
 ROUTING = "vllm_ascend.ops.fused_moe.eplb"
 RUNNER = "vllm_ascend.worker.v2.model_runner"
 BUILD_TABLE = "build_expert_replica_routing_table"
+ROUTING_TABLE = "expert_replica_routing_table"
 
 
 def is_state(cls: type) -> bool:
@@ -38,11 +39,27 @@ def reason(parallel_config: Any = None, *args: Any, **kwargs: Any) -> str:
     return unsupported_group(parallel_config)
 
 
+def unrouted(states: list[Any]) -> str:
+    """Which layer of `EplbModelState`s does not route by the table that we write; "" if all do."""
+    for state in states:
+        for number, layer in enumerate(state.model.moe_layers):
+            table = getattr(getattr(layer, "eplb_state", None), ROUTING_TABLE, None)
+            if table is None:
+                return (
+                    f"{state.model_name}: MoE layer {number} has no {ROUTING_TABLE}, so this "
+                    "version of vLLM-Ascend routes in another way"
+                )
+    return ""
+
+
 class AscendState:
     """What our state does otherwise on Ascend."""
 
     uses_custom_load_stats = False
     """Else its controller would let its policy decide which steps are counted."""
+
+    def _unsupported(self, states: list[Any], ranks: int) -> str:
+        return super()._unsupported(states, ranks) or unrouted(states)  # type: ignore[misc]
 
     def _make_engine(self, states: list[Any], coordinator: Any) -> AscendV2Engine:
         from ..loaders.ascend_engine import AscendV2Engine

@@ -94,7 +94,7 @@ class FlashState:
         coordinator = get_ep_group()
         ranks = coordinator.world_size
         self._agreed = True
-        mine = self.inert or unsupported_model(states, ranks)
+        mine = self.inert or self._unsupported(states, ranks)
         self.inert = balanced.agree(coordinator.cpu_group, mine)
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
@@ -107,6 +107,9 @@ class FlashState:
         self.worker = Worker(self.config, group, engine, engine.models, experts)
         if not is_dummy:
             self.worker.forward(0)  # the pass that this first step ends
+
+    def _unsupported(self, states: list[Any], ranks: int) -> str:
+        return unsupported_model(states, ranks)
 
     def _make_engine(self, states: list[Any], coordinator: Any) -> VllmEngine:
         from ..loaders.vllm_engine import VllmEngine

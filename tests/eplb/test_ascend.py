@@ -271,3 +271,13 @@ def test_a_state_of_runner_v2_is_known_by_its_module(monkeypatch):
     assert "in an unknown way" in ascend_v2.reason()
     config.pipeline_parallel_size = 2
     assert "pipeline parallelism" in ascend_v2.reason(config)
+
+
+def test_a_layer_that_routes_in_another_way_is_refused_by_name():
+    routed = SimpleNamespace(eplb_state=SimpleNamespace(expert_replica_routing_table="a table"))
+    for other in (SimpleNamespace(), SimpleNamespace(eplb_state=SimpleNamespace())):
+        model = SimpleNamespace(moe_layers=[routed, other])
+        states = [SimpleNamespace(model=model, model_name="m")]
+        assert "m: MoE layer 1 has no expert_replica_routing" in ascend_v2.unrouted(states)
+        model.moe_layers.pop()
+        assert ascend_v2.unrouted(states) == ""
