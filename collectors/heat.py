@@ -43,10 +43,11 @@ class _Span(NamedTuple):
     span: int
 
     def followed_by(self, later: _Span) -> _Span:
-        """Both as one, of the same epoch."""
+        """Both as one, of the same epoch; it is a dummy only if both are."""
+        dummy = self.flags & later.flags & FLAG_DUMMY
         return later._replace(
             tokens=self.tokens + later.tokens,
-            flags=self.flags | later.flags,
+            flags=(self.flags | later.flags) & ~FLAG_DUMMY | dummy,
             span=self.span + later.span,
         )
 
@@ -68,6 +69,8 @@ class HeatCollector:
             drafter's come first where it is registered first. They are set to zero with each
             record.
         device: that of `loads`; None finds it.
+        counts_dummies: whether a dummy step has counts: of an engine that counts what arrives at
+            its own slots, where other ranks' batches may arrive meanwhile.
 
     Attributes:
         merged: steps that were left to the record of a later step.
@@ -78,11 +81,18 @@ class HeatCollector:
         ValueError: the models' layers do not add up to the ring's, or an unknown device.
     """
 
-    def __init__(self, ring: HeatRing, loads: list[torch.Tensor], device: Device | None = None):
+    def __init__(
+        self,
+        ring: HeatRing,
+        loads: list[torch.Tensor],
+        device: Device | None = None,
+        counts_dummies: bool = False,
+    ):
         if sum(len(load) for load in loads) != ring.layers:
             raise ValueError(f"loads of {[len(load) for load in loads]} layers for {ring.layers}")
         self._ring = ring
         self._loads = loads
+        self._uncounted = 0 if counts_dummies else FLAG_DUMMY
         self._device = device or device_of(loads[0])
         self._host = [load.numpy() for load in loads] if self._device.is_host else []
         self._is_plain = len(self._host) == 1 and self._host[0].flags.c_contiguous
@@ -103,7 +113,8 @@ class HeatCollector:
         Args:
             step: number of the step, equal on all ranks.
             tokens: unpadded tokens of the forward pass.
-            flags: of `flags.py`; the heat of a dummy step does not count, its record is zero.
+            flags: of `flags.py`; the heat of a dummy step does not count, its record is zero
+                (but see `counts_dummies`).
             epoch: rounds committed before the forward pass: the placement that was counted.
         """
         span = _Span(step, time.monotonic_ns(), tokens, flags, epoch, 1)
@@ -111,7 +122,7 @@ class HeatCollector:
             self._write_at_once(span)
             return
         self._write_arrived(step)
-        if flags & FLAG_DUMMY:
+        if flags & self._uncounted:
             self._drop_left()
             self._clear()
             self._enqueue(_Copy(span, None, None))
@@ -120,7 +131,7 @@ class HeatCollector:
         self._write_arrived(step)
 
     def _write_at_once(self, span: _Span) -> None:
-        if span.flags & FLAG_DUMMY:
+        if span.flags & self._uncounted:
             self._write(span, self._zeros)
         elif self._is_plain:
             self._write(span, self._host[0])

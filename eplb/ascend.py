@@ -35,12 +35,16 @@ NEEDED = {
 """Methods without which the classes of `UPDATOR` are not those that we know."""
 
 OF_LAYER = ("moe_load", "global_expert_map", "get_log2phy_map", "ep_rank")
+BIASES = ("w13_bias", "w2_bias")
 OF_ADAPTOR = (
     "moe_layers",
     "expert_param_per_layer",
     "expert_weight_key_per_layer",
     "buffer_tensor_list",
 )
+
+
+POOLING = "a pooling model: model runner V1 does not tell when its passes end"
 
 
 class FlashUpdator:
@@ -146,7 +150,7 @@ def hook_runner_v1(config: Config) -> None:
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         try:
-            reason = unsupported_group(_parallel_config(), _ascend_config())
+            reason = unsupported_group(*_configs())
         except Exception as error:
             reason = f"its settings cannot be read ({type(error).__name__}: {error})"
         if reason:
@@ -178,13 +182,16 @@ def missing_names(module: Any) -> list[str]:
     ]
 
 
-def unsupported_group(parallel_config: Any, ascend_config: Any = None) -> str:
+def unsupported_group(parallel_config: Any, ascend_config: Any = None, pools: bool = False) -> str:
     """Why a group of vLLM-Ascend's cannot be balanced, whatever its layers; "" if it can.
 
     Args:
         parallel_config: vLLM's; None if it is not known here.
         ascend_config: vLLM-Ascend's; None if it is not known here.
+        pools: whether the model pools and does not generate, on model runner V1.
     """
+    if pools:
+        return POOLING
     if getattr(ascend_config, "mix_placement", False):
         return (
             "mix_placement: shared experts stand among the routed ones, each on the rank that "
@@ -215,6 +222,12 @@ def unsupported_layers(adaptor: Any) -> str:
     for number, layer in enumerate(layers):
         if missing := [name for name in OF_LAYER if not hasattr(layer, name)]:
             return f"MoE layer {number} of this vLLM-Ascend has no {', '.join(missing)}"
+        for name in BIASES:
+            if getattr(layer, name, None) is not None:
+                return (
+                    f"MoE layer {number} has {name}, a bias per expert that vLLM-Ascend does not "
+                    "move: it would stay behind when experts move"
+                )
         if layer.get_log2phy_map() is None or layer.global_expert_map is None:
             return f"MoE layer {number} routes by no table, so its experts cannot move"
         if layer.global_expert_map.shape != layers[0].global_expert_map.shape:
@@ -231,10 +244,19 @@ def unsupported_layers(adaptor: Any) -> str:
 def follow_runner(runner_class: type) -> None:
     """Let `runner_class` tell its updator, if it is ours, of its batch and of dummy passes."""
 
+    def ours(runner: Any) -> FlashUpdator | None:
+        updator = getattr(runner, "eplb_updator", None)
+        if not isinstance(updator, FlashUpdator):
+            return None
+        if updator.worker is not None and getattr(runner, "is_pooling_model", False):
+            updator.worker, updator.inert = None, POOLING  # else idle ranks would step alone
+            log.error("flash_eplb does not balance: %s", POOLING)
+        return updator
+
     def real(original: Method) -> Method:
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            updator = getattr(self, "eplb_updator", None)
-            if isinstance(updator, FlashUpdator):
+            updator = ours(self)
+            if updator is not None:
                 updator.tokens = int(scheduler_output.total_num_scheduled_tokens)
                 updator.batch = self.input_batch
             return original(self, scheduler_output, *args, **kwargs)
@@ -243,8 +265,8 @@ def follow_runner(runner_class: type) -> None:
 
     def dummy(original: Method) -> Method:
         def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            updator = getattr(self, "eplb_updator", None)
-            if not isinstance(updator, FlashUpdator):
+            updator = ours(self)
+            if updator is None:
                 return original(self, *args, **kwargs)
             updator.is_dummy = True
             try:
@@ -258,15 +280,29 @@ def follow_runner(runner_class: type) -> None:
     wrap_once(runner_class, "_dummy_run", dummy)
 
 
-def _parallel_config() -> Any:
+def _configs() -> tuple[Any, Any, bool]:
+    """The arguments of `unsupported_group`, so far as they are known here."""
     from vllm.config import get_current_vllm_config_or_none
 
-    return getattr(get_current_vllm_config_or_none(), "parallel_config", None)
-
-
-def _ascend_config() -> Any:
+    config = get_current_vllm_config_or_none()
     module = sys.modules.get("vllm_ascend.ascend_config")
-    return None if module is None else module.get_ascend_config()
+    model = getattr(config, "model_config", None)
+    return (
+        getattr(config, "parallel_config", None),
+        None if module is None else module.get_ascend_config(),
+        getattr(model, "runner_type", None) == "pooling",
+    )
+
+
+def is_there() -> bool:
+    """Whether vLLM-Ascend is installed."""
+    return any(_platforms())
+
+
+def _platforms() -> list[str]:
+    """Names of vLLM-Ascend's platform plug-ins."""
+    entries = entry_points(group="vllm.platform_plugins")
+    return [entry.name for entry in entries if entry.value.startswith("vllm_ascend")]
 
 
 def left_out_plugin(allowed: str | None) -> str:
@@ -278,10 +314,7 @@ def left_out_plugin(allowed: str | None) -> str:
     if allowed is None:
         return ""
     names = {name.strip() for name in allowed.split(",")}
-    for entry in entry_points(group="vllm.platform_plugins"):
-        if entry.value.startswith("vllm_ascend") and entry.name not in names:
-            return entry.name
-    return ""
+    return next((name for name in _platforms() if name not in names), "")
 
 
 def is_off(vllm_config: Any) -> str:

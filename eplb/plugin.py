@@ -50,8 +50,10 @@ def register() -> None:
                     os.environ["VLLM_PLUGINS"],
                     name,
                 )
-            vllm_state.install(config)
-            ascend.install(config)
+            is_ascend = ascend.is_there()
+            if is_ascend:
+                ascend.install(config)  # its runner V1 needs nothing of vLLM's own EPLB
+            vllm_state.install(config, is_ascend)
             _sweep_at_exit(config.session)
     except Exception:
         configure(config.log_level)

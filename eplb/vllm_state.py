@@ -128,17 +128,28 @@ def _settle(runner: Any) -> None:
         worker.settle()
 
 
-def install(config: Config) -> None:
+def install(config: Config, is_ascend: bool = False) -> None:
     """Let every new `EplbState` be ours, unless its mode is not supported.
+
+    Args:
+        config: settings.
+        is_ascend: whether vLLM-Ascend is there, whose runner V1 does without `EplbState`.
 
     Raises:
         RuntimeError: this vLLM's `EplbState` is not the one we know; upstream stays in charge.
     """
+    _warn_where_eplb_is_off()
     missing = [
         name
         for name in ("add_model", "prepare_forward", "step", "rearrange")
         if not callable(getattr(EplbState, name, None))
     ]
+    if missing and is_ascend:
+        log.info(
+            "vLLM's EplbState has no %s, so vLLM-Ascend is balanced on model runner V1 only",
+            ", ".join(missing),
+        )
+        return
     if missing:
         raise RuntimeError(
             f"vLLM's EplbState has no {', '.join(missing)}: this version of vLLM is not known"
@@ -171,7 +182,6 @@ def install(config: Config) -> None:
         return state
 
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]
-    _warn_where_eplb_is_off()
 
 
 def _warn_where_eplb_is_off() -> None:
@@ -186,7 +196,7 @@ def _warn_where_eplb_is_off() -> None:
         if made.parallel_config.enable_eplb:
             return made
         without = "vLLM runs without --enable-eplb"
-        if current_platform.device_type == "npu" and not made.use_v2_model_runner:
+        if current_platform.device_type == "npu" and not getattr(made, "use_v2_model_runner", 0):
             without = ascend.is_off(made)
         if without:
             log.warning("EPLB_ENABLED is set, but %s: nothing is balanced", without)

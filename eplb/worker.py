@@ -271,7 +271,9 @@ class Worker:
             return Stager(engine.weights, staging, transport, group.rank, reference)
 
         self._stagers = StagerPool(make_stager, group.rank, shape.staging_rows)
-        self._collector = HeatCollector(self._segment.heat, engine.loads)
+        self._collector = HeatCollector(
+            self._segment.heat, engine.loads, counts_dummies=engine.counts_own_slots
+        )
         self._loader = Loader(
             engine,
             self._segment,

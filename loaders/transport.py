@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 log = logging.getLogger("flash_eplb.loader")
 
+_WATCHDOG = timedelta(minutes=30)
+"""After which NCCL and HCCL may end the process: later than any vote."""
+
 _MOST_TENSORS = 64  # of one expert; message tags of two moves lie that far apart
 
 
@@ -74,7 +77,9 @@ class Transport(Protocol):
 class PeerToPeer:
     """torch.distributed's send and recv: gloo, NCCL or HCCL.
 
-    With gloo, experts on a device go through the host's memory.
+    With gloo, experts on a device go through the host's memory. NCCL's and HCCL's watchdogs end a
+    process whose transfer does not: so all ranks of a round meet before it, and a rank that has
+    failed until then keeps nobody's device waiting.
 
     Args:
         name: "gloo", "nccl" or "hccl".
@@ -91,12 +96,14 @@ class PeerToPeer:
         self._timeout = timedelta(seconds=timeout)
         self._group: Any = None
         self._epoch = -1
+        self._exchanges = 0
 
     def connect(self, epoch: int) -> None:
         """See `Transport`."""
         if epoch == self._epoch:
             return
         self.disconnect()
+        self._exchanges = 0
         store = dist.PrefixStore(f"transport/{epoch}", self._store)
         group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
         group.barrier().wait()
@@ -108,17 +115,26 @@ class PeerToPeer:
 
     def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
         """See `Transport`."""
+        self._exchanges += 1
         if not leaving and not arriving:
             return
         assert self._group is not None
         if self.name == "gloo":
             self._through_the_host(leaving, arriving)
             return
+        self._meet(moves)
         for number in np.unique(moves["layer"]).tolist():  # all ranks in the same order
             sent = [parcel for parcel in leaving if parcel.layer == number]
             received = [parcel for parcel in arriving if parcel.layer == number]
             if sent or received:
                 _wait([self._in_one_batch(sent, received)])
+
+    def _meet(self, moves: np.ndarray) -> None:
+        """Until every rank of the round has come this far; RuntimeError if one does not in time."""
+        key = f"transport/{self._epoch}/exchange/{self._exchanges}"
+        self._store.set(f"{key}/{self._rank}", "")
+        ranks = np.union1d(moves["source_rank"], moves["rank"]).tolist()
+        self._store.wait([f"{key}/{rank}" for rank in ranks], self._timeout)
 
     def _in_one_batch(self, leaving: list[Parcel], arriving: list[Parcel]) -> dist.Work:
         """Begin all transfers of a layer at once, on the current stream."""
@@ -188,7 +204,7 @@ def _gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
 
 def _nccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    options._timeout = max(timeout, _WATCHDOG)
     return dist.ProcessGroupNCCL(store, rank, ranks, options)
 
 
@@ -198,7 +214,7 @@ def _hccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
     )
 
     options = ProcessGroupHCCL.Options()
-    options._timeout = timeout
+    options._timeout = max(timeout, _WATCHDOG)
     return ProcessGroupHCCL(store, rank, ranks, options)
 
 

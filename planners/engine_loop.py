@@ -230,6 +230,7 @@ class EngineLoop:
         """
         if self._epoch != self._planned_from:
             self._next_plan = self._window.count
+            self._guard.forget()
             return
         if proposal is None:
             return
@@ -298,6 +299,7 @@ class EngineLoop:
             log.info("plan %d committed", self._plans)
         else:
             log.warning("plan %d given up: %s", self._plans, delivery.reason)
+            self._guard.forget()
         self._recorder.ended(self._plans, progress is Progress.DONE)
         if self._initial.wanted is not None:
             self._initial.ended(progress is Progress.DONE)

@@ -148,7 +148,7 @@ class FlashLB:
         before: np.ndarray = now
         rerouted = np.empty(0, np.int64)
         if self._senders is not None:
-            rerouted = self._senders.better(window, now, self.min_excess, self.min_gain)
+            rerouted = self._senders.rerouted(window, now, self.min_excess, self.min_gain)
         if len(rerouted):  # that is free, so what moves has to win more
             before, error = self._measure(tokens, today, columns=window.columns)
         due = np.flatnonzero(before > 1) if every_layer else self._due(before, error)
@@ -171,6 +171,10 @@ class FlashLB:
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
         self._promise(offers, taken, room < slots, every_layer)
         return self._plan(window, now, before, taken, rerouted)
+
+    def forget(self) -> None:
+        """The last plan was not carried out: the layers are not where it wanted them."""
+        self._planned[:] = -1
 
     def _plan(
         self,

@@ -77,6 +77,12 @@ class Guard:
         plan = make_plan(placement, wanted, ranks_per_node=self._ranks_per_node)
         return Proposal(plan, plan.rounds(rows))
 
+    def forget(self) -> None:
+        """The last plan was not carried out to its end: nothing of it may be relied on."""
+        forget = getattr(self._policy, "forget", None)
+        if callable(forget):
+            forget()
+
     def _level(self, error: BaseException) -> int:
         lines = traceback.walk_tb(error.__traceback__)
         reason = (type(error), *((frame.f_code, line) for frame, line in lines))

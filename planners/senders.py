@@ -58,10 +58,26 @@ class Senders:
         self._spread(work, np.arange(len(layers)))
         return par
 
-    def better(
+    def rerouted(
         self, window: Window, now: np.ndarray, min_excess: float, min_gain: float
     ) -> np.ndarray:
-        """Layers that another division alone improves by `min_gain`; `window` has it from now on.
+        """Layers to be given another division without a move; `window` has it from now on.
+
+        That is those of which nobody knows the division that the engine has, for it has had a
+        planner before or a plan was not carried out, and those that it improves clearly.
+        """
+        ranks, slots = window.today.shape[1:]
+        experts = window.tokens.shape[2]
+        unknown = ~window.kept & (ranks * slots > experts) & (ranks > 1)
+        better = self._better(window, now, min_excess, min_gain)
+        layers = np.union1d(np.flatnonzero(unknown), better)
+        window.columns[layers] = self.planned(window.tokens, window.today[layers], layers)
+        return layers
+
+    def _better(
+        self, window: Window, now: np.ndarray, min_excess: float, min_gain: float
+    ) -> np.ndarray:
+        """Layers that another division alone improves by `min_gain`.
 
         A division from the older half of the window must do so on the newer half.
 
@@ -84,7 +100,6 @@ class Senders:
         found = self.planned(window.tokens, today, layers)
         gain = now[layers] - self.measure(window.tokens, today, layers, found)[0]
         chosen = (gain >= min_gain) & (sure[0] >= min_gain)
-        window.columns[layers[chosen]] = found[chosen]
         return layers[chosen]
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ class TestRunner:
     def runner(self, source, version):
         return methods(parsed(source(version), "worker/model_runner_v1.py"), "NPUModelRunner")
 
-    def test_every_pass_is_between_one_forward_before_and_one_forward_end(self, runner):
+    def test_passes_are_between_forward_before_and_forward_end_but_of_pooling(self, runner):
         before = {name for name, node in runner.items() if calls(node, "forward_before")}
         after = {name for name, node in runner.items() if calls(node, "updator.forward_end")}
         assert before == {"execute_model", "_dummy_run"}
@@ -110,6 +112,13 @@ class TestRunner:
             if calls(node, "updator.forward_end")
         )
         assert ast.unparse(early.test) == "not get_pp_group().is_last_rank"
+        pooling = [  # such a pass ends without a word: refused
+            node
+            for node in ast.walk(runner["execute_model"])
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "self.is_pooling_model"
+        ]
+        assert any(isinstance(one, ast.Return) for node in pooling for one in ast.walk(node))
+        assert not any(calls(node, "updator.forward_end") for node in pooling)
 
     def test_dummy_passes_are_told_by_their_method(self, runner):
         guards = [
@@ -145,3 +154,27 @@ class TestRunner:
             assert used in text, used
         assert "torch.remainder(self.load_counter, self.num_iter)" in text
         assert "return self.log2phy" in ast.unparse(found["get_log2phy_map"])
+
+
+OLDER = """
+import importlib.metadata, os
+os.environ.update(EPLB_ENABLED="1")
+entry = importlib.metadata.EntryPoint("ascend", "vllm_ascend:register", "vllm.platform_plugins")
+from flash_eplb.eplb import ascend, plugin
+ascend.entry_points = lambda group: [entry]
+from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.v1.worker.worker_base import WorkerBase
+del EplbState.prepare_forward
+plugin.register()
+print(hasattr(WorkerBase.__init__, "_flash_eplb"), "__new__" in vars(EplbState))
+"""
+
+
+def test_runner_v1_is_hooked_though_vllm_has_no_eplb_that_we_know():
+    # The release is for a vLLM whose EplbState has no prepare_forward.
+    done = subprocess.run(
+        [sys.executable, "-c", OLDER], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "True False"
+    assert "has no prepare_forward, so vLLM-Ascend is balanced on model runner V1" in done.stderr
+    assert "flash_eplb is off" not in done.stderr

@@ -263,3 +263,15 @@ def test_every_token_is_recorded_under_its_epoch_or_counted_as_dropped(steps):
         seen += covered
     assert seen == sorted(set(seen))
     assert len(seen) + engine.collector.dropped == engine.count
+
+
+def test_what_arrives_in_a_dummy_step_counts_for_own_slots():
+    ring = HeatRing(np.zeros(HeatRing.size(1, 2, 8), np.uint8), 1, 2, 8)
+    load = torch.zeros((1, 2), dtype=torch.int64)
+    collector = HeatCollector(ring, [load], counts_dummies=True)
+    load += 3
+    collector.collect(1, 0, FLAG_DUMMY, 0)
+    assert load.sum() == 0
+    records = ring.read(8)
+    assert records.heat.tolist() == [[[3, 3]]]
+    assert records.flags.tolist() == [FLAG_DUMMY]

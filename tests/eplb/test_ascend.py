@@ -51,7 +51,7 @@ def module(monkeypatch):
     made.VllmEplbAdaptor = VllmEplbAdaptor
     monkeypatch.setitem(sys.modules, ascend.UPDATOR, made)
     monkeypatch.setattr(balanced, "_balanced", [])
-    monkeypatch.setattr(ascend, "_parallel_config", lambda: None)
+    monkeypatch.setattr(ascend, "_configs", lambda: (None, None, False))
     return made
 
 
@@ -73,7 +73,7 @@ def test_the_updator_is_ours_and_ends_the_planner_that_came_with_it(module):
 
 def test_a_mode_that_is_not_supported_is_left_to_upstream(module, monkeypatch, caplog):
     config = SimpleNamespace(pipeline_parallel_size=2)
-    monkeypatch.setattr(ascend, "_parallel_config", lambda: config)
+    monkeypatch.setattr(ascend, "_configs", lambda: (config, None, False))
     ascend.hook_runner_v1(Config())
     updator = make(module)
     assert type(updator) is module.EplbUpdator
@@ -86,7 +86,7 @@ def test_settings_that_cannot_be_read_leave_upstream_in_charge(module, monkeypat
     def fail():
         raise RuntimeError("Ascend config is not initialized")
 
-    monkeypatch.setattr(ascend, "_ascend_config", fail)
+    monkeypatch.setattr(ascend, "_configs", fail)
     ascend.hook_runner_v1(Config())
     assert type(make(module)) is module.EplbUpdator
     assert "cannot be read (RuntimeError: Ascend config is not initialized)" in caplog.text
@@ -139,6 +139,7 @@ def test_groups_that_cannot_be_balanced_are_refused_by_name(changes, reason):
     assert reason in ascend.unsupported_group(SimpleNamespace(**fine | changes))
     mixed = SimpleNamespace(mix_placement=True)
     assert "mix_placement" in ascend.unsupported_group(SimpleNamespace(**fine), mixed)
+    assert "a pooling model" in ascend.unsupported_group(SimpleNamespace(**fine), pools=True)
 
 
 def layer(ranks=2, **changes):
@@ -165,6 +166,9 @@ def test_layers_that_cannot_be_balanced_are_refused_by_name():
     for name in ascend.OF_LAYER:
         found = refusal(adaptor(layer(), layer(**{name: ...})))
         assert f"MoE layer 1 of this vLLM-Ascend has no {name}" in found
+    biased = layer(w2_bias=torch.zeros(3, 4))
+    assert "MoE layer 1 has w2_bias, a bias per expert" in refusal(adaptor(layer(), biased))
+    assert refusal(adaptor(layer(w13_bias=None))) == ""
     unrouted = layer(get_log2phy_map=lambda: None)
     assert "MoE layer 0 routes by no table" in refusal(adaptor(unrouted))
     wide = layer(global_expert_map=torch.zeros(2, EXPERTS + 1))
@@ -223,6 +227,29 @@ def test_the_runner_tells_of_tokens_and_of_dummy_passes(module):
         ("forward", 6),
         ("step", False),
     ]
+
+
+def test_a_pooling_model_that_the_configuration_hides_steps_nowhere(module, caplog):
+    class Runner:
+        input_batch = None
+        is_pooling_model = True
+
+        def execute_model(self, scheduler_output):
+            self.eplb_updator.forward_before()  # and no forward_end
+
+        def _dummy_run(self, tokens):
+            self.eplb_updator.forward_before()
+            self.eplb_updator.forward_end(True)
+
+    ascend.hook_runner_v1(Config())
+    ascend.follow_runner(Runner)
+    runner = Runner()
+    runner.eplb_updator = make(module)
+    worker = runner.eplb_updator.worker = Worker()
+    runner._dummy_run(1)
+    runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=5))
+    assert not worker.told
+    assert caplog.text.count("a pooling model") == 1
 
 
 def test_a_runner_that_never_warms_us_up_is_complained_about_once(module, caplog):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from flash_eplb import device as device_module
 from flash_eplb.ipc.placement import MOVE
@@ -33,8 +34,15 @@ def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
         Parcel(number, int(moves["layer"][number]), 5, peer, views[number])
         for number, peer in ((0, 1), (1, 3), (2, 2))
     )
-    transport = PeerToPeer("hccl", None, 0, 4, 1.0)
+    moves["source_rank"], moves["rank"] = [0, 0, 2, 3], [1, 3, 0, 1]
+    store = dist.HashStore()
+    transport = PeerToPeer("hccl", store, 0, 4, 0.2)
     group = transport._group = Group()
+    with pytest.raises(RuntimeError):  # the others are not there: nothing is issued
+        transport.exchange(moves, [first, second], [third])
+    assert not group.batches
+    for rank in (1, 2, 3):
+        store.set(f"transport/-1/exchange/2/{rank}", "")
     transport.exchange(moves, [first, second], [third])  # the last move is between others
 
     def named(kind, parcel):
