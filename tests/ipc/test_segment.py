@@ -207,11 +207,12 @@ def test_a_mapping_that_fails_leaves_no_descriptor_and_no_name(name, monkeypatch
     def fail(*_):
         raise OSError(12, "Cannot allocate memory")
 
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     monkeypatch.setattr("flash_eplb.ipc.segment.mmap.mmap", fail)
     with pytest.raises(SegmentError, match="Cannot allocate memory"):
         Segment.create(name, b"", 10, 1)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    # others may be closed meanwhile, by threads of earlier tests
+    assert set(os.listdir("/proc/self/fd")) <= before
     assert not os.path.exists("/dev/shm" + name)
 
 
