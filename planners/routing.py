@@ -78,12 +78,7 @@ def weigh(layer, max_columns, columns, least):
                     columns[rank, slot] //= 2
                 totals[placement[rank, slot]] = count * columns[rank, slot]
     while ranks > 1:
-        _share_loads(layer, columns, totals)
-        for _ in range(ROUNDS):
-            _move_columns(layer, columns, totals, least)
-            if not _even_out(layer, columns, totals):
-                break
-        _share_loads(layer, columns, totals)
+        _divide(layer, columns, totals, least)
         if peak(layer) > best - least:
             break
         best = peak(layer)
@@ -109,12 +104,7 @@ def weigh_sources(layer, columns, least):
                 totals[expert] = ranks
                 columns[rank, slot] = even_share(ranks, count, turn[expert])
                 turn[expert] += 1
-    _share_loads(layer, columns, totals)
-    for _ in range(ROUNDS):
-        _move_columns(layer, columns, totals, least)
-        if not _even_out(layer, columns, totals):
-            break
-    _share_loads(layer, columns, totals)
+    _divide(layer, columns, totals, least)
     return peak(layer)
 
 
@@ -122,6 +112,17 @@ def weigh_sources(layer, columns, least):
 def even_share(ranks, count, turn):
     """Of `ranks` that send to `count` replicas, those that send to the `turn`-th."""
     return ranks // count + (turn < ranks % count)
+
+
+@njit(**FAST)
+def _divide(layer, columns, totals, least):
+    """Move columns from replica to replica while that wins something; loads are by them then."""
+    _share_loads(layer, columns, totals)
+    for _ in range(ROUNDS):
+        _move_columns(layer, columns, totals, least)
+        if not _even_out(layer, columns, totals):
+            break
+    _share_loads(layer, columns, totals)
 
 
 @njit(**FAST)

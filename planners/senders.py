@@ -65,21 +65,6 @@ class Senders:
 
         That is those of which nobody knows the division that the engine has, for it has had a
         planner before or a plan was not carried out, and those that it improves clearly.
-        """
-        ranks, slots = window.today.shape[1:]
-        experts = window.tokens.shape[2]
-        unknown = ~window.kept & (ranks * slots > experts) & (ranks > 1)
-        better = self._better(window, now, min_excess, min_gain)
-        layers = np.union1d(np.flatnonzero(unknown), better)
-        window.columns[layers] = self.planned(window.tokens, window.today[layers], layers)
-        return layers
-
-    def _better(
-        self, window: Window, now: np.ndarray, min_excess: float, min_gain: float
-    ) -> np.ndarray:
-        """Layers that another division alone improves by `min_gain`.
-
-        A division from the older half of the window must do so on the newer half.
 
         Args:
             window: with the columns of today.
@@ -87,20 +72,40 @@ class Senders:
             min_excess: PAR - 1 up to which a layer is left alone.
             min_gain: PAR.
         """
-        layers = np.flatnonzero(now > 1 + min_excess)
+        ranks, slots = window.today.shape[1:]
+        experts = window.tokens.shape[2]
+        if ranks == 1:
+            return np.empty(0, np.int64)
+        unknown = ~window.kept & (ranks * slots > experts)
+        layers = np.flatnonzero(unknown | (now > 1 + min_excess))
+        found = self.planned(window.tokens, window.today[layers], layers)
+        chosen = unknown[layers] | self._wins(window, now, layers, found, min_gain)
+        window.columns[layers[chosen]] = found[chosen]
+        return layers[chosen]
+
+    def _wins(
+        self,
+        window: Window,
+        now: np.ndarray,
+        layers: np.ndarray,
+        found: np.ndarray,
+        min_gain: float,
+    ) -> np.ndarray:
+        """Which of `layers` the divisions `found` improve by `min_gain`, bool[n].
+
+        A division from the older half of the window must do so on the newer half, too.
+        """
         half = len(window.tokens) // 2
         older, newer = window.tokens[:half], window.tokens[half:]
-        if window.today.shape[1] == 1 or not older.any() or not newer.any():
-            layers = layers[:0]
+        if not older.any() or not newer.any():
+            return np.zeros(len(layers), np.bool_)
         today, columns = window.today[layers], window.columns[layers]
         tried = self.planned(older, today, layers)
         sure = self.measure(newer, today, layers, columns) - self.measure(
             newer, today, layers, tried
         )
-        found = self.planned(window.tokens, today, layers)
         gain = now[layers] - self.measure(window.tokens, today, layers, found)[0]
-        chosen = (gain >= min_gain) & (sure[0] >= min_gain)
-        return layers[chosen]
+        return (gain >= min_gain) & (sure[0] >= min_gain)
 
 
 @njit(cache=True, nogil=True)

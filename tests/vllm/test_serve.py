@@ -107,7 +107,8 @@ def test_tokens_are_the_same_while_plans_are_committed(engine, start_planner):
     before = engine.committed()
     engine.check_until(lambda: engine.committed() >= before + 5, planner)
     engine.check(4)
-    assert planner.text().count(" committed") >= 5
+    # A plan may take two rounds, so that the ranks have committed more of them than plans.
+    engine.check_until(lambda: planner.text().count(" committed") >= 5, planner)
 
 
 def test_a_planner_killed_in_the_middle_is_succeeded_by_another(engine, start_planner):
