@@ -95,9 +95,11 @@ class HeatCollector:
         self._uncounted = 0 if counts_dummies else FLAG_DUMMY
         self._device = device or device_of(loads[0])
         self._host = [load.numpy() for load in loads] if self._device.is_host else []
-        self._is_plain = len(self._host) == 1 and self._host[0].flags.c_contiguous
+        plain = [load for load in self._host if load.flags.c_contiguous and load.dtype == np.int32]
+        self._is_plain = len(plain) == len(loads) == 1
         count = 1 if self._device.is_host else BUFFERS
-        kind = loads[0].dtype  # so that no copy from a device has to convert
+        # no copy from a device has to convert
+        kind = torch.int32 if self._device.is_host else loads[0].dtype
         self._free = [self._device.pinned(ring.layers, ring.columns, kind) for _ in range(count)]
         self._zeros = np.zeros((ring.layers, ring.columns), np.int32)
         self._on_their_way: deque[_Copy] = deque()
@@ -185,7 +187,8 @@ class HeatCollector:
             if copy.counts is None:
                 self._write(copy.span, self._zeros)
             else:
-                self._write(copy.span, copy.counts.numpy())
+                counts = copy.counts.numpy()
+                self._write(copy.span, counts.astype(np.int32, copy=False))
                 self._free.append(copy.counts)
 
     def _watch(self, steps: int) -> None:
@@ -209,5 +212,4 @@ class HeatCollector:
 
     def _write(self, span: _Span, counts: np.ndarray) -> None:
         step, time_, tokens, flags, epoch, steps = span
-        counts = counts.astype(np.int32, copy=False)
         self._ring.push(step, time_, tokens, flags, epoch, counts, steps)

@@ -16,7 +16,7 @@ from . import balanced
 from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
-from .runners import follow_warm_up
+from .runners import Flag, follow_warm_up
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FlashUpdator:
 
     config: Config
     worker: Worker | None = None
-    is_dummy = warming = False
+    in_dummy = warming = False
     tokens = 0
     batch: Any = None
     inert = ""
@@ -104,7 +104,7 @@ class FlashUpdator:
         """A forward pass is about to run."""
         if self.worker is None or self.warming:
             return
-        if self.is_dummy:
+        if self.in_dummy:
             self.worker.settle()
         else:
             self.worker.forward(self.tokens)
@@ -114,7 +114,7 @@ class FlashUpdator:
         if self.warming:
             return
         if self.worker is not None:
-            self.worker.step(self.is_dummy, 0 if self.is_dummy else phase_of(self.batch))
+            self.worker.step(self.in_dummy, 0 if self.in_dummy else phase_of(self.batch))
         elif not self.inert:
             self.inert = "the model runner has not called eplb_warmup before its first pass"
             log.error("flash_eplb does not balance: %s", self.inert)
@@ -265,14 +265,8 @@ def follow_runner(runner_class: type) -> None:
 
     def dummy(original: Method) -> Method:
         def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            updator = ours(self)
-            if updator is None:
+            with Flag(ours(self), "in_dummy"):
                 return original(self, *args, **kwargs)
-            updator.is_dummy = True
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                updator.is_dummy = False
 
         return _dummy_run
 
@@ -294,27 +288,23 @@ def _configs() -> tuple[Any, Any, bool]:
     )
 
 
-def is_there() -> bool:
-    """Whether vLLM-Ascend is installed."""
-    return any(_platforms())
-
-
-def _platforms() -> list[str]:
-    """Names of vLLM-Ascend's platform plug-ins."""
+def platforms() -> list[str]:
+    """Names of vLLM-Ascend's platform plug-ins; none if it is not installed."""
     entries = entry_points(group="vllm.platform_plugins")
     return [entry.name for entry in entries if entry.value.startswith("vllm_ascend")]
 
 
-def left_out_plugin(allowed: str | None) -> str:
-    """Name of Ascend's platform plug-in if it is installed and `VLLM_PLUGINS` leaves it out.
+def left_out(platforms: list[str], allowed: str | None) -> str:
+    """The first of `platforms` that `VLLM_PLUGINS` leaves out; "" if it names all.
 
     Args:
+        platforms: see the function of that name.
         allowed: the value of the variable; None if it is unset, which lets all in.
     """
     if allowed is None:
         return ""
     names = {name.strip() for name in allowed.split(",")}
-    return next((name for name in _platforms() if name not in names), "")
+    return next((name for name in platforms if name not in names), "")
 
 
 def is_off(vllm_config: Any) -> str:

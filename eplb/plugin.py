@@ -43,17 +43,17 @@ def register() -> None:
             configure(config.log_level)
             from . import ascend, vllm_state
 
-            if name := ascend.left_out_plugin(os.environ.get("VLLM_PLUGINS")):
+            platforms = ascend.platforms()
+            if name := ascend.left_out(platforms, os.environ.get("VLLM_PLUGINS")):
                 log.error(
                     "VLLM_PLUGINS=%s leaves out %r, the platform plug-in of vLLM-Ascend, so vLLM "
                     "does not find its NPUs: add it to the list",
                     os.environ["VLLM_PLUGINS"],
                     name,
                 )
-            is_ascend = ascend.is_there()
-            if is_ascend:
+            if platforms:
                 ascend.install(config)  # its runner V1 needs nothing of vLLM's own EPLB
-            vllm_state.install(config, is_ascend)
+            vllm_state.install(config, bool(platforms))
             _sweep_at_exit(config.session)
     except Exception:
         configure(config.log_level)

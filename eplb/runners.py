@@ -34,7 +34,7 @@ def follow_runner_v2(runner_class: type, settle: Callable[[Any], None]) -> None:
     def wrap(original: Method) -> Method:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             settle(self)
-            with _Flag(self.eplb_state, "in_dummy"):
+            with Flag(self.eplb_state, "in_dummy"):
                 return original(self, *args, **kwargs)
 
         return method
@@ -50,7 +50,7 @@ def follow_warm_up(worker_class: type) -> None:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             runner = self.model_runner
             owner = getattr(runner, "eplb_state", None) or getattr(runner, "eplb_updator", None)
-            with _Flag(owner, "warming"):
+            with Flag(owner, "warming"):
                 return original(self, *args, **kwargs)
 
         return method
@@ -58,7 +58,7 @@ def follow_warm_up(worker_class: type) -> None:
     wrap_once(worker_class, "compile_or_warm_up_model", wrap)
 
 
-class _Flag:
+class Flag:
     """Sets an attribute of `owner` for a while; `owner` may be None."""
 
     def __init__(self, owner: Any, name: str):

@@ -163,8 +163,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
         if reason:
             log.error("flash_eplb does not balance: %s; vLLM serves on without it", reason)
             return object.__new__(cls)
-        made: Any = cls
-        ours: Any = ascend_v2.state_class(made) if is_ascend else FlashEplbState
+        ours = ascend_v2.state_class(cls) if is_ascend else FlashEplbState  # type: ignore[arg-type]
         state: Any = object.__new__(ours)
         state.config = config
         balanced.add(state)

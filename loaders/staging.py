@@ -131,6 +131,7 @@ class Staging:
         # An engine makes us within inference mode; the stager's thread, which writes, is outside.
         with torch.inference_mode(False):
             self._likes = _rows_like(weights, own)
+            self._forms = [_form(layer) if _is_listed(layer) else None for layer in weights]
             flat = [layer for layer in weights if not _is_listed(layer)]
             width = max((sum(map(_aligned, _sizes(layer))) for layer in flat), default=0)
             self._rows = torch.empty(
@@ -145,12 +146,11 @@ class Staging:
 
     def views(self, row: int, layer: int) -> list[torch.Tensor]:
         """Row `row` cut into the tensors of an expert of `layer`, as `slot_views` gives them."""
-        stacks = self._weights[layer]
-        if _is_listed(stacks):
-            if row < self.borrowed:
-                return self._buffer[row]
-            return self._likes[_form(stacks)][row - self.borrowed]
-        sizes = _sizes(stacks)
+        form = self._forms[layer]
+        if form is not None:
+            borrowed = row < self.borrowed
+            return self._buffer[row] if borrowed else self._likes[form][row - self.borrowed]
+        sizes = _sizes(self._weights[layer])
         if row < self.borrowed:
             return [part[:size] for part, size in zip(self._buffer[row], sizes, strict=False)]
         views = []

@@ -92,26 +92,34 @@ def weigh(layer, max_columns, columns, least):
 @njit(**FAST)
 def weigh_sources(layer, columns, least):
     """`weigh` where the columns of an expert with replicas are the ranks that send to them."""
-    ranks, slots = layer.placement.shape
-    totals = np.ones(len(layer.counts), layer.counts.dtype)
-    turn = np.zeros(len(layer.counts), np.int64)
-    for rank in range(ranks):
-        for slot in range(slots):
-            expert = layer.placement[rank, slot]
-            count = layer.counts[expert]
-            columns[rank, slot] = 1
-            if count > 1:
-                totals[expert] = ranks
-                columns[rank, slot] = even_share(ranks, count, turn[expert])
-                turn[expert] += 1
+    even_columns(layer.placement, layer.counts, columns)
+    totals = np.ones_like(layer.counts)
+    for expert in range(len(totals)):
+        if layer.counts[expert] > 1:
+            totals[expert] = len(columns)
     _divide(layer, columns, totals, least)
     return peak(layer)
 
 
 @njit(**FAST)
-def even_share(ranks, count, turn):
-    """Of `ranks` that send to `count` replicas, those that send to the `turn`-th."""
-    return ranks // count + (turn < ranks % count)
+def even_columns(placement, counts, columns):
+    """Divide the ranks that send evenly: the first replicas of an expert get what is left over.
+
+    Args:
+        placement: int32[R, S].
+        counts: int[E], replicas.
+        columns: int16[R, S], filled.
+    """
+    ranks, slots = placement.shape
+    turn = np.zeros(len(counts), np.int64)
+    for rank in range(ranks):
+        for slot in range(slots):
+            expert = placement[rank, slot]
+            columns[rank, slot] = 1
+            if counts[expert] > 1:
+                count = counts[expert]
+                columns[rank, slot] = ranks // count + (turn[expert] < ranks % count)
+                turn[expert] += 1
 
 
 @njit(**FAST)

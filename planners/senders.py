@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from .routing import even_share, weigh_layer
+from .routing import even_columns, weigh_layer
 from .window import Window
 
 
@@ -111,17 +111,9 @@ class Senders:
 @njit(cache=True, nogil=True)
 def even_senders(placement):
     """The division that an engine makes by itself, int16[layers, R, S], of a valid placement."""
-    layers, ranks, slots = placement.shape
-    columns = np.ones(placement.shape, np.int16)
-    for layer in range(layers):
-        counts = np.bincount(placement[layer].ravel())
-        turn = np.zeros(len(counts), np.int64)
-        for rank in range(ranks):
-            for slot in range(slots):
-                expert = placement[layer, rank, slot]
-                if counts[expert] > 1:
-                    columns[layer, rank, slot] = even_share(ranks, counts[expert], turn[expert])
-                    turn[expert] += 1
+    columns = np.empty(placement.shape, np.int16)
+    for layer in range(len(placement)):
+        even_columns(placement[layer], np.bincount(placement[layer].ravel()), columns[layer])
     return columns
 
 

@@ -271,9 +271,9 @@ def test_a_list_of_plug_ins_without_ascend_s_platform_is_noticed(monkeypatch, al
         EntryPoint("other", "other:register", "vllm.platform_plugins"),
     ]
     monkeypatch.setattr(ascend, "entry_points", lambda group: installed)
-    assert ascend.left_out_plugin(allowed) == found
+    assert ascend.left_out(ascend.platforms(), allowed) == found
     monkeypatch.setattr(ascend, "entry_points", lambda group: installed[1:])
-    assert ascend.left_out_plugin(allowed) == ""
+    assert ascend.left_out(ascend.platforms(), allowed) == ""
 
 
 def test_an_engine_that_balances_nothing_is_noticed():
