@@ -9,7 +9,6 @@ plans. After every commit the weights and maps are compared with what the placem
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -37,16 +36,6 @@ MODULES = {
     "parallel": "distributed.parallel_state",
     "config": "ascend_config",
     "quant": "quantization.quant_type",
-}
-REDUNDANT = 4
-SETTINGS = {
-    "enabled": True,
-    "staging_rows": 2,
-    "vote_steps": 2,
-    "episode_steps": 4,
-    "min_episodes": 4,
-    "plan_interval": 4,
-    "patrol_steps": 3,
 }
 
 
@@ -155,17 +144,18 @@ class FakeProcess:
         return
 
 
-class Case:
+class Case(world.Scenario):
     """One quantisation in one mode, from the layers to the end of the session."""
 
     def __init__(self, text, session, folder):
         name, fused, *modes = text.split("/")
-        self.modes, self.session, self.folder = modes, session, Path(folder)
+        super().__init__(session, modes)
+        self.folder = Path(folder)
         self.kind = modules.quant.QuantType[name]
         table = modules.adaptor.EPLB_EXPERT_WEIGHT_NAMES
         like = modules.quant.QuantType.W8A8 if "refused" in modes else self.kind
         self.names = table[like, fused == "1"]
-        settings = {"dynamic_eplb": True, "num_redundant_experts": REDUNDANT}
+        settings = {"dynamic_eplb": True, "num_redundant_experts": world.REDUNDANT}
         if "multi" in modes:
             settings["eplb_policy_type"] = 3
         if "map" in modes:
@@ -191,7 +181,6 @@ class Case:
         self.runner = NPUModelRunner(eplb_config, layers, ranks)
         self.worker = self.runner.eplb_updator.worker
         assert self.worker is not None, self.runner.eplb_updator.inert
-        self.hand = world.Hand(session)
 
     def check_refusal(self, eplb_config, layers):
         """Its adaptor refuses these layers, so there is no engine that we could be asked for."""
@@ -200,7 +189,7 @@ class Case:
 
     def _write_map(self):
         ranks = coordinator.world_size
-        cells = np.arange(world.EXPERTS + REDUNDANT).reshape(1, ranks, -1) % world.EXPERTS
+        cells = np.arange(world.EXPERTS + world.REDUNDANT).reshape(1, ranks, -1) % world.EXPERTS
         start = world.random_placement(5, np.repeat(cells, world.LAYERS, axis=0))
         path = self.folder / f"{self.session}-{coordinator.rank_in_group}.json"
         SavedPlacement(str(path)).save(start)
@@ -224,14 +213,7 @@ class Case:
         if "map" in self.modes:
             assert np.array_equal(self.worker.placement, self.start)
         self.check()
-        if "planner" in self.modes:
-            self.steps_until(lambda: self.worker.epoch, 4000)
-            self.check()
-        for plan in range(2 * ("planner" not in self.modes)):
-            wanted = world.random_placement(10 + plan, self.worker.placement)
-            self.hand.send(self.worker, wanted)
-            self.steps_until(lambda wanted=wanted: world.same(self.worker.placement, wanted))
-            self.check()
+        self.move_experts()
         if "planner" not in self.modes:
             self.check_rerouting()
         self.check_heat()
@@ -260,13 +242,6 @@ class Case:
         for layer, chosen in zip(self.runner.layers, mine, strict=True):
             assert np.array_equal(layer.log2phy.numpy(), chosen[coordinator.rank_in_group])
 
-    def steps_until(self, done, most=world.STEPS):
-        for count in range(most):
-            if done():
-                return
-            self.step(dummy=count % 7 == 3)
-        raise AssertionError(f"not reached in {most} steps, epoch {self.worker.epoch}")
-
     def check(self, placement=None):
         """Weights and maps of this rank are those of the placement."""
         placement = self.worker.placement if placement is None else placement
@@ -287,17 +262,6 @@ class Case:
             assert np.array_equal(layer.global_expert_map.numpy(), where)
         theirs = self.runner.eplb_adaptor.get_global_expert_map()
         assert theirs.shape == (world.LAYERS, coordinator.world_size, world.EXPERTS)
-
-    def check_heat(self):
-        """The planner's view of a step is what all ranks' batches sent where."""
-        group = world.attach_heat(self.session)
-        before = self.runner.passes
-        for turn in range(3):  # in one of them only rank 0 has something to do; others send, too
-            self.step(dummy=turn == 1 and dist.get_rank() > 0)
-        counted = world.counted([1000 * (before + n + 1) + dist.get_rank() for n in range(3)])
-        if group is not None:
-            world.check_heat(group, self.worker.placement, counted)
-            group.close()
 
     def check_saved(self, placement):
         """Its reader of expert maps finds in our file what we have placed."""
@@ -366,20 +330,11 @@ def ascend_placement(where):
     return placement
 
 
-def main(cases):
-    done = []
-    for number, text in enumerate(cases):
-        name = f"{session}-{number}"
-        planned = {"spawn_planner": "planner" in text, "session": name}
-        for setting, value in (SETTINGS | planned).items():  # also of a planner that is spawned
-            os.environ[f"EPLB_{setting.upper()}"] = str(value)
-        if "__new__" in vars(modules.updator.EplbUpdator):
-            del modules.updator.EplbUpdator.__new__
-        ascend.hook_runner_v1(load_config())
-        Case(text, name, folder).run()
-        dist.barrier()
-        done.append(text)
-    print(json.dumps({"rank": rank, "done": done}))
+def run(text, name):
+    if "__new__" in vars(modules.updator.EplbUpdator):
+        del modules.updator.EplbUpdator.__new__
+    ascend.hook_runner_v1(load_config())
+    Case(text, name, folder).run()
 
 
 if __name__ == "__main__":
@@ -393,4 +348,4 @@ if __name__ == "__main__":
     real.module(ascend.RUNNER, NPUModelRunner=NPUModelRunner)
     real.module(ascend.WORKER, NPUWorker=NPUWorker)
     configure("INFO")
-    main(cases)
+    world.run_cases(cases, session, run)

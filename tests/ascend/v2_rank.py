@@ -8,8 +8,6 @@ per slot), "mixed"; with "/planner" where a real planner plans.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from types import SimpleNamespace
 
@@ -31,16 +29,6 @@ MODULES = {
     "config": "ascend_config",
 }
 NAMES = ("w13_weight", "w2_weight", "w13_scale", "w2_scale")
-REDUNDANT = 4
-SETTINGS = {
-    "enabled": True,
-    "staging_rows": 2,
-    "vote_steps": 2,
-    "episode_steps": 4,
-    "min_episodes": 4,
-    "plan_interval": 4,
-    "patrol_steps": 3,
-}
 
 
 class Layer:
@@ -145,11 +133,12 @@ class NPUWorker:
         self.model_runner.sample_tokens(None)
 
 
-class Case:
+class Case(world.Scenario):
     """One form of layers, from the model's registration to the end of the session."""
 
     def __init__(self, text, session):
-        kind, *self.modes = text.split("/")
+        kind, *modes = text.split("/")
+        super().__init__(session, modes)
         ranks, self.rank = coordinator.world_size, coordinator.rank_in_group
         settings = SimpleNamespace(
             use_async=True,
@@ -158,7 +147,7 @@ class Case:
             policy="default",
             communicator="torch_gloo",
             log_balancedness=False,
-            num_redundant_experts=REDUNDANT,
+            num_redundant_experts=world.REDUNDANT,
         )
         self.parallel_config = SimpleNamespace(
             enable_eplb=True,
@@ -179,7 +168,7 @@ class Case:
         assert isinstance(self.state, modules.state.AscendEplbState)
         start = self.state.build_initial_global_physical_to_logical_map
         token = modules.state.EXPERT_MAPPING_EP_SIZE.set(ranks)
-        flat = np.array(start(world.EXPERTS, REDUNDANT), np.int32)
+        flat = np.array(start(world.EXPERTS, world.REDUNDANT), np.int32)
         modules.state.EXPERT_MAPPING_EP_SIZE.reset(token)
         placement = np.repeat(flat.reshape(1, ranks, -1), world.LAYERS, axis=0)
         self.model = Model(kind, placement, self.rank)
@@ -188,7 +177,6 @@ class Case:
         self.controller._has_registered_models = True
         self.runner = NPUModelRunner(self.controller, self.model, self.model_config)
         assert not self.state.is_async
-        self.session, self.hand = session, world.Hand(session)
         self.start = placement
 
     @property
@@ -212,25 +200,11 @@ class Case:
         assert not self.worker.refused, self.worker.refused
         assert np.array_equal(self.worker.placement, self.start)
         self.check()
-        if "planner" in self.modes:
-            self.steps_until(lambda: self.worker.epoch)
-            self.check()
-        for plan in range(2 * ("planner" not in self.modes)):
-            wanted = world.random_placement(10 + plan, self.worker.placement)
-            self.hand.send(self.worker, wanted)
-            self.steps_until(lambda wanted=wanted: world.same(self.worker.placement, wanted))
-            self.check()
+        self.move_experts()
         self.check_heat()
         assert not self.worker.has_stopped
         self.hand.close()
         self.worker.close()
-
-    def steps_until(self, done):
-        for count in range(world.STEPS):
-            if done():
-                return
-            self.step(dummy=count % 7 == 3)
-        raise AssertionError(f"not reached, epoch {self.worker.epoch}")
 
     def check(self):
         """Weights, maps and routing tables of this rank are those of the placement."""
@@ -251,30 +225,10 @@ class Case:
             assert route.data_ptr() == address
             assert torch.equal(route, found)
 
-    def check_heat(self):
-        """The planner's view of a step is what all ranks' batches sent where."""
-        group = world.attach_heat(self.session)
-        before = self.runner.passes
-        for turn in range(3):  # in one of them only rank 0 has something to do; others send, too
-            self.step(dummy=turn == 1 and dist.get_rank() > 0)
-        counted = world.counted([1000 * (before + turn + 1) + self.rank for turn in range(3)])
-        if group is not None:
-            world.check_heat(group, self.worker.placement, counted)
-            group.close()
 
-
-def main(cases):
-    done = []
-    for number, text in enumerate(cases):
-        name = f"{session}-{number}"
-        planned = {"spawn_planner": "planner" in text, "session": name}
-        for setting, value in (SETTINGS | planned).items():  # also of a planner that is spawned
-            os.environ[f"EPLB_{setting.upper()}"] = str(value)
-        vllm_state.install(load_config())
-        Case(text, name).run()
-        dist.barrier()
-        done.append(text)
-    print(json.dumps({"rank": rank, "done": done}))
+def run(text, name):
+    vllm_state.install(load_config())
+    Case(text, name).run()
 
 
 if __name__ == "__main__":
@@ -293,4 +247,4 @@ if __name__ == "__main__":
     coordinator = real.join(rank, ranks, folder)
     parallel_state._EP = parallel_state._EPLB = coordinator
     configure("INFO")
-    main(cases)
+    world.run_cases(cases, session, run)

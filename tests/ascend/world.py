@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from flash_eplb.ipc.liveness import SegmentError
 from flash_eplb.ipc.placement import MOVE
 from flash_eplb.planners.delivery import Delivery, Progress
 from flash_eplb.planners.group import Group
 from flash_eplb.planners.plan import PlannedRound, make_plan
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 24
+REDUNDANT = 4
+SETTINGS = {
+    "enabled": True,
+    "staging_rows": 2,
+    "vote_steps": 2,
+    "episode_steps": 4,
+    "min_episodes": 4,
+    "plan_interval": 4,
+    "patrol_steps": 3,
+}
 STEPS = 4000  # within which a plan must be committed
 
 
@@ -114,16 +126,6 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(np.sort(one), np.sort(other))
 
 
-def attach_heat(session: str) -> Group | None:
-    """The group for reading heat, on rank 0."""
-    if dist.get_rank():
-        return None
-    try:
-        return Group.attach(session)
-    except SegmentError as error:
-        raise AssertionError(f"no group in session {session}") from error
-
-
 def counted(seeds: list[int]) -> np.ndarray:
     """int64 [steps, layers, experts]: tokens of all ranks, whose batches of a step had `seeds`."""
     tokens = torch.zeros((len(seeds), LAYERS, EXPERTS), dtype=torch.int64)
@@ -135,10 +137,61 @@ def counted(seeds: list[int]) -> np.ndarray:
     return tokens.numpy()
 
 
-def check_heat(group: Group, placement: np.ndarray, tokens: np.ndarray) -> None:
-    """The last steps of heat that the planner reads are `tokens`."""
-    steps = list(group.read_heat())[-len(tokens) :]
-    for wanted, step in zip(tokens, steps, strict=True):
-        for layer, flat in enumerate(placement.reshape(LAYERS, -1)):
-            heat = np.bincount(flat, step.heat[layer], EXPERTS)
-            assert np.array_equal(heat, wanted[layer]), (wanted[layer], heat)
+class Scenario:
+    """What both runners' cases do alike; they have a `worker`, a `runner` with `passes`, `step`
+    and `check`.
+
+    Args:
+        session: of the engine.
+        modes: of the case.
+    """
+
+    def __init__(self, session: str, modes: list[str]):
+        self.session, self.modes, self.hand = session, modes, Hand(session)
+
+    def move_experts(self) -> None:
+        """By plans of a real planner, or by two of random placements."""
+        if "planner" in self.modes:
+            self.steps_until(lambda: self.worker.epoch)
+            self.check()
+            return
+        for plan in range(2):
+            wanted = random_placement(10 + plan, self.worker.placement)
+            self.hand.send(self.worker, wanted)
+            self.steps_until(lambda wanted=wanted: same(self.worker.placement, wanted))
+            self.check()
+
+    def steps_until(self, done: Callable[[], Any]) -> None:
+        for count in range(STEPS):
+            if done():
+                return
+            self.step(dummy=count % 7 == 3)
+        raise AssertionError(f"not reached in {STEPS} steps, epoch {self.worker.epoch}")
+
+    def check_heat(self) -> None:
+        """The planner's view of a step is what all ranks' batches sent where."""
+        rank, before = dist.get_rank(), self.runner.passes
+        group = None if rank else Group.attach(self.session)
+        for turn in range(3):  # in one of them only rank 0 has something to do; others send, too
+            self.step(dummy=turn == 1 and rank > 0)
+        tokens = counted([1000 * (before + turn + 1) + rank for turn in range(3)])
+        if group is None:
+            return
+        steps = list(group.read_heat())[-len(tokens) :]
+        for wanted, step in zip(tokens, steps, strict=True):
+            for layer, flat in enumerate(self.worker.placement.reshape(LAYERS, -1)):
+                heat = np.bincount(flat, step.heat[layer], EXPERTS)
+                assert np.array_equal(heat, wanted[layer]), (wanted[layer], heat)
+        group.close()
+
+
+def run_cases(cases: list[str], session: str, run: Callable[[str, str], None]) -> None:
+    """Call `run(case, its session)` for each, with the settings of all of them in place."""
+    for number, text in enumerate(cases):
+        name = f"{session}-{number}"
+        planned = {"spawn_planner": "planner" in text, "session": name}
+        for setting, value in (SETTINGS | planned).items():  # also of a planner that is spawned
+            os.environ[f"EPLB_{setting.upper()}"] = str(value)
+        run(text, name)
+        dist.barrier()
+    print(json.dumps({"rank": dist.get_rank(), "done": cases}))
