@@ -107,3 +107,21 @@ def _layer_loads(heat, placement):
                     expert = placement[layer, rank, slot]
                     loads[t, layer, rank] += heat[t, layer, expert] / replicas[expert]
     return loads
+
+
+@njit(cache=True, nogil=True)
+def slot_shares(placement, columns, experts):
+    """float64 [layers, ranks, slots]: share of each slot in the tokens of its expert, which is its
+    share of the expert's `columns` [layers, ranks, slots]."""
+    layers, ranks, slots = placement.shape
+    shares = np.zeros(placement.shape)
+    for layer in range(layers):
+        total = np.zeros(experts)
+        for rank in range(ranks):
+            for slot in range(slots):
+                total[placement[layer, rank, slot]] += columns[layer, rank, slot]
+        for rank in range(ranks):
+            for slot in range(slots):
+                expert = placement[layer, rank, slot]
+                shares[layer, rank, slot] = columns[layer, rank, slot] / total[expert]
+    return shares

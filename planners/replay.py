@@ -13,6 +13,7 @@ from numba import njit
 from .engine_loop import Pace
 from .episodes import EpisodeWindow
 from .guard import Guard
+from .par import slot_shares
 from .plan import PlannedRound
 from .policy import Policy
 from .recording import Counts
@@ -113,7 +114,7 @@ class Replay:
         self._placement = np.array(placement, np.int32)
         self._columns = np.ones(self._placement.shape, np.int16)
         self._experts = experts
-        self._shares = _shares(self._placement, self._columns, experts)
+        self._shares = slot_shares(self._placement, self._columns, experts)
         layers = len(self._placement)
         self._window = EpisodeWindow(layers, experts, 1, pace.episode_steps, pace.window_episodes)
         self._window.learn(0, np.tile(np.arange(experts), (layers, 1)))  # heat is logical already
@@ -187,7 +188,7 @@ class Replay:
             layers = part.layers
             self._placement = part.placement
             self._columns[layers] = 1 if part.columns is None else part.columns
-            self._shares[layers] = _shares(
+            self._shares[layers] = slot_shares(
                 part.placement[layers], self._columns[layers], self._experts
             )
             self._rounds += 1
@@ -250,23 +251,6 @@ def _rank_load(heat, placement, shares):
                 expert = placement[layer, rank, slot]
                 load[layer, rank] += heat[layer, expert] * shares[layer, rank, slot]
     return load
-
-
-@njit(cache=True, nogil=True)
-def _shares(placement, columns, experts):
-    """float64 [layers, ranks, slots]: share of each slot in the tokens of its expert."""
-    layers, ranks, slots = placement.shape
-    shares = np.zeros(placement.shape)
-    for layer in range(layers):
-        total = np.zeros(experts)
-        for rank in range(ranks):
-            for slot in range(slots):
-                total[placement[layer, rank, slot]] += columns[layer, rank, slot]
-        for rank in range(ranks):
-            for slot in range(slots):
-                expert = placement[layer, rank, slot]
-                shares[layer, rank, slot] = columns[layer, rank, slot] / total[expert]
-    return shares
 
 
 def _mean_par(load: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
+from .par import slot_shares
 from .routing import even_columns, weigh_layer
 from .window import Window
 
@@ -128,20 +129,16 @@ def divided_par(tokens, placement, layers, columns):
     """
     episodes, _, experts = tokens.shape
     _, ranks, slots = placement.shape
+    shares = slot_shares(placement, columns, experts)
     ratios = np.ones((episodes, len(layers)))
     load = np.empty(ranks)
     for number, layer in enumerate(layers):
-        totals = np.zeros(experts)
-        for rank in range(ranks):
-            for slot in range(slots):
-                totals[placement[number, rank, slot]] += columns[number, rank, slot]
         for t in range(episodes):
             load[:] = 0
             for rank in range(ranks):
                 for slot in range(slots):
                     expert = placement[number, rank, slot]
-                    share = columns[number, rank, slot] / totals[expert]
-                    load[rank] += tokens[t, layer, expert] * share
+                    load[rank] += tokens[t, layer, expert] * shares[number, rank, slot]
             mean = load.mean()
             if mean > 0:
                 ratios[t, number] = load.max() / mean
