@@ -17,6 +17,7 @@ from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
 from .runners import Flag, follow_warm_up
+from .support import unsupported_anywhere
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -205,11 +206,7 @@ def unsupported_group(parallel_config: Any, ascend_config: Any = None, pools: bo
             f"{parallel_config.pipeline_parallel_size}): one planner for the groups of several "
             "stages is not supported yet"
         )
-    if getattr(parallel_config, "enable_elastic_ep", False):
-        return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
-    if getattr(parallel_config, "enable_dbo", False):
-        return "dual batch overlap (enable_dbo): two half batches run at once"
-    return ""
+    return unsupported_anywhere(parallel_config)
 
 
 def unsupported_layers(adaptor: Any) -> str:

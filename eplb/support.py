@@ -36,8 +36,8 @@ def unsupported_mode(
         )
     if pools and not uses_runner_v2:
         return "a pooling model: model runner V1 does not step after its passes"
-    if getattr(parallel_config, "enable_elastic_ep", False):
-        return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
+    if reason := unsupported_anywhere(parallel_config):
+        return reason
     if (prefill := getattr(parallel_config, "prefill_context_parallel_size", 1)) > 1:
         return (
             f"prefill context parallelism (prefill_context_parallel_size={prefill}): what a rank "
@@ -53,6 +53,13 @@ def unsupported_mode(
         )
     if parallel_config.data_parallel_size > 1 and parallel_config.all2all_backend == "naive":
         return "naive dispatch (all2all_backend=naive): it counts every token once per DP rank"
+    return ""
+
+
+def unsupported_anywhere(parallel_config: Any) -> str:
+    """What of a configuration cannot be balanced, whatever vLLM runs on; empty if nothing."""
+    if getattr(parallel_config, "enable_elastic_ep", False):
+        return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
     if getattr(parallel_config, "use_ubatching", False):
         return "dual batch overlap (enable_dbo or ubatch_size)"
     return ""

@@ -199,7 +199,8 @@ class FlashLB:
             columns = window.columns.copy()
             picked = np.array(sorted(taken), np.int64)
             columns[picked] = self._senders.planned(window.tokens, wanted[picked], picked)
-        self._planned, self._columns = wanted.copy(), columns
+            self._columns = columns
+        self._planned = wanted.copy()
         others = [layer for layer in rerouted.tolist() if layer not in taken]
         near = self.ranks_per_node
         return plan_between(window.today, wanted, before, after, columns, near, others)

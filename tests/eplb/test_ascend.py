@@ -130,11 +130,11 @@ def test_a_record_path_of_upstream_is_pointed_to_ours(module, caplog):
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism (pipeline_parallel_size=2)"),
         ({"enable_elastic_ep": True}, "elastic expert parallelism"),
-        ({"enable_dbo": True}, "dual batch overlap"),
+        ({"use_ubatching": True}, "dual batch overlap"),
     ],
 )
 def test_groups_that_cannot_be_balanced_are_refused_by_name(changes, reason):
-    fine = {"pipeline_parallel_size": 1, "enable_elastic_ep": False, "enable_dbo": False}
+    fine = {"pipeline_parallel_size": 1, "enable_elastic_ep": False, "use_ubatching": False}
     assert ascend.unsupported_group(SimpleNamespace(**fine)) == ""
     assert reason in ascend.unsupported_group(SimpleNamespace(**fine | changes))
     mixed = SimpleNamespace(mix_placement=True)

@@ -5,6 +5,7 @@ import pytest
 from checker import assert_same, ratios
 from heats import initial, loosened, shuffled, stuck, window, zipf
 
+from flash_eplb.planners import flashlb
 from flash_eplb.planners.flashlb import FlashLB
 
 
@@ -165,3 +166,22 @@ def test_a_changed_plan_does_not_change_what_was_promised():
     plan.placement[:] = 0
     plan.par_after[:] = 0
     assert not planner.plan(loosened(promised), promised)
+
+
+def test_placements_are_confirmed_with_uniform_routing_whatever_was_planned(monkeypatch):
+    # The columns of the plan before belong to another placement.
+    seen = []
+    ratios_of = flashlb._ratios
+
+    def spy(tokens, placement, columns):
+        seen.append(columns)
+        return ratios_of(tokens, placement, columns)
+
+    monkeypatch.setattr(flashlb, "_ratios", spy)
+    rng = np.random.default_rng(5)
+    heat, start = window(rng, zipf(rng, 3, 64, 1.2)), initial(3, 8, 9, 64)
+    planner = FlashLB(8, 9, routing="weighted")
+    assert (planner.plan(heat, start).columns > 1).any()
+    planner.plan(heat, start[:, ::-1])
+    assert len(seen) == 4
+    assert all((columns == 1).all() for columns in seen)
