@@ -17,8 +17,10 @@ import numpy as np
 
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
 from .efforts import EFFORTS, effort_of
-from .memory import Memory, is_alike
+from .forecast import forecast
+from .memory import MERGED, Memory, is_alike
 from .plan import Plan, align_all, make_plan, plan_between
+from .promises import DOUBT, Promises, hoped
 from .routing import weigh_layer
 from .search import Terms, measure, search_layers
 from .senders import Senders, divided_par, even_senders
@@ -27,11 +29,12 @@ from .window import Offer, Window
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
 
-OPTIMISM = 3.0
-"""Times the excess on the window of a plan that the next window may show without surprise."""
-
-FIRST_SHARE = 1 / 3
+FIRST_SHARE = 0.03
 """Share of the price of moves that a layer's first plan pays: it gains for long."""
+
+BEYOND_NOISE = 2.0
+"""Standard errors above `min_gain` that a gain must be where counts are largely chance; twice as
+many if the layer has no promise, for a planner that starts must not undo what is there."""
 
 MOST_COLUMNS = 2**15 - 1
 """What int16 holds."""
@@ -43,10 +46,12 @@ PARTS = 8
 class FlashLB:
     """Plans the layers whose balance can be won back, and remembers what it promised.
 
-    A layer is planned if its PAR exceeds 1 by more than `min_excess`, unless it has the placement
-    of its last plan and keeps what that plan promised. The plan must win `min_gain`, and the price
-    of its moves, on the window; and a plan made from the older half of the window must win
-    `min_gain` on the newer half, and so clearly that chance moves no weights.
+    A layer is planned if its PAR exceeds 1 by more than `floor`, or by more than `min_excess` and
+    it does not have the placement of its last plan or does not keep what that plan promised. The
+    plan must win `min_gain`, and the price of its moves, on the window; and a plan made from the
+    older half of the window must win `min_gain` on the newer half, and so clearly that chance
+    moves no weights. Where counts are largely chance, the plan is for what `forecast` expects
+    instead of the window, and must win more than the uncertainty of that.
 
     What it remembers of a layer (earlier heat, the promise) counts only while that layer has the
     placement that the last plan gave it.
@@ -63,6 +68,7 @@ class FlashLB:
         min_excess: PAR - 1 up to which a layer is left alone.
         min_gain: least PAR a layer's plan must win.
         move_price: PAR that moving all slots of a layer must win; fewer moves, in proportion.
+        floor: PAR - 1 above which a layer is looked at whatever was promised.
         tolerance: PAR above its promise at which a layer is planned again; up to three times as
             much where the PAR of episodes varies.
         half_life: episodes after which an episode before the window counts half; 0 forgets all.
@@ -85,7 +91,8 @@ class FlashLB:
         max_columns: int = 1024,
         min_excess: float = 0.02,
         min_gain: float = 0.01,
-        move_price: float = 0.03,
+        move_price: float = 0.05,
+        floor: float = 0.05,
         tolerance: float = 0.02,
         half_life: float = 64,
         max_moves: int | None = None,
@@ -103,13 +110,13 @@ class FlashLB:
         self.min_excess = amount("min_excess", min_excess)
         self.min_gain = amount("min_gain", min_gain)
         self.move_price = amount("move_price", move_price)
-        self.tolerance = amount("tolerance", tolerance)
+        self._promises = Promises(
+            self.min_excess, amount("floor", floor), amount("tolerance", tolerance)
+        )
         self.max_moves = None if max_moves is None else whole("max_moves", max_moves, 0)
         self.max_layers = None if max_layers is None else whole("max_layers", max_layers, 0)
         self.threads = whole("threads", threads, 1)
         self._memory = Memory(amount("half_life", half_life))
-        self._promised = np.empty(0)
-        self._untried = np.empty(0, np.bool_)
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
         self._senders = Senders(self._spread) if routing == "by_source" else None
@@ -140,22 +147,24 @@ class FlashLB:
         room = today.size
         for limit in (self.max_moves, max_moves):
             room = room if limit is None else min(room, whole("max_moves", limit, 0))
-        kept = self._kept(today)
-        past, worth = self._memory.recall(tokens)
-        alike = kept & is_alike(past, tokens)
-        window = Window(tokens, past, worth, alike, kept, today, self._columns)
-        now, error = self._measure(tokens, today, columns=self._columns)
+        window = self._window(tokens, today, every_layer)
+        now, error = self._measure(window.tokens, today, columns=self._columns)
+        shown: np.ndarray = now
+        if window.noise.any():
+            shown = self._measure(tokens, today, columns=self._columns)[0]
         before: np.ndarray = now
         rerouted = np.empty(0, np.int64)
         if self._senders is not None:
             rerouted = self._senders.rerouted(window, now, self.min_excess, self.min_gain)
         if len(rerouted):  # that is free, so what moves has to win more
-            before, error = self._measure(tokens, today, columns=window.columns)
-        due = np.flatnonzero(before > 1) if every_layer else self._due(before, error)
+            before, error = self._measure(window.tokens, today, columns=window.columns)
+        due = np.flatnonzero(before > 1)
+        if not every_layer:
+            due = self._promises.due(window, before, error)
         if not room or self.ranks == 1:
             due = due[:0]
         slots = self.ranks * self.slots_per_rank
-        near = not every_layer or room < slots or bool(kept.any())
+        near = not every_layer or room < slots or bool(window.kept.any())
         terms = Terms(
             price=(EVERY_LAYER_PRICE if every_layer else self.move_price) / slots,
             most_moves=min(room, slots),
@@ -169,12 +178,34 @@ class FlashLB:
             offers = [offer for offer in offers if offer.gain >= self.min_gain]
             offers = self._confirmed(window, offers, terms)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
-        self._promise(offers, taken, room < slots, every_layer)
-        return self._plan(window, now, before, taken, rerouted)
+        self._promises.remember(offers, taken, room < slots, every_layer)
+        return self._plan(window, shown, before, taken, rerouted)
 
     def forget(self) -> None:
         """The last plan was not carried out: the layers are not where it wanted them."""
         self._planned[:] = -1
+
+    def _window(self, tokens: np.ndarray, today: np.ndarray, every_layer: bool) -> Window:
+        """What is planned from: the heat, what to expect from it, and what is remembered."""
+        kept = self._kept(today)
+        past, worth = self._memory.recall(tokens)
+        alike = kept & is_alike(past, tokens)
+        expected, error = tokens, np.zeros(len(today))
+        if not every_layer:
+            expected, error = forecast(tokens, past * alike[:, None], MERGED)
+        return Window(
+            seen=tokens,
+            tokens=expected,
+            noise=error * math.sqrt(self.ranks),
+            past=past,
+            worth=worth,
+            alike=alike & (error == 0),  # where it is not 0, the past is in what is expected
+            kept=kept,
+            settled=kept & self._promises.made,
+            anew=every_layer,
+            today=today,
+            columns=self._columns,
+        )
 
     def _plan(
         self,
@@ -186,62 +217,38 @@ class FlashLB:
     ) -> Plan:
         """The plan that carries out the offers `taken`; its placement is expected from now on.
 
-        PAR is `before`, and `after` it where nothing moves.
+        PAR is `before`, and `after` it where nothing moves and the plan is for the heat that was
+        seen; else it is measured on that.
         """
         wanted, after = window.today.copy(), after.copy()
         columns: np.ndarray = np.ones(wanted.shape, np.int16)
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
-        if self.routing == "weighted":
-            self._weigh(window.tokens, wanted, columns, after)
+        picked = np.array(sorted(taken), np.int64)
         if self._senders is not None:
             columns = window.columns.copy()
-            picked = np.array(sorted(taken), np.int64)
             columns[picked] = self._senders.planned(window.tokens, wanted[picked], picked)
             self._columns = columns
+        if window.noise.any():
+            after = self._measure(window.seen, wanted, columns=columns)[0]
+        if self.routing == "weighted":
+            self._weigh(window.seen, wanted, columns, after)
         self._planned = wanted.copy()
         others = [layer for layer in rerouted.tolist() if layer not in taken]
         near = self.ranks_per_node
         return plan_between(window.today, wanted, before, after, columns, near, others)
-
-    def _promise(
-        self, offers: list[Offer], taken: dict[int, Offer], curbed: bool, every_layer: bool
-    ) -> None:
-        """Remember what the picked layers can be expected to keep.
-
-        That is nothing where a limit stood in the way of more.
-        """
-        for offer in offers:
-            fits = taken.get(offer.layer) is offer and not curbed
-            self._promised[offer.layer] = offer.promise if fits else math.nan
-            self._untried[offer.layer] = every_layer
 
     def _kept(self, today: np.ndarray) -> np.ndarray:
         """Whether each layer has the placement that the last plan gave it; forgets the others."""
         if self._planned.shape != today.shape:
             self._planned = np.full_like(today, -1)
             self._columns = np.ones(today.shape, np.int16)
-            self._promised = np.full(len(today), np.nan)
-            self._untried = np.zeros(len(today), np.bool_)
         kept = (self._planned == today).all(axis=(1, 2))
         if self._senders is not None:
             self._columns[~kept] = even_senders(today)[~kept]
-        self._promised[~kept] = np.nan
+        self._promises.keep(kept)
         return kept
-
-    def _due(self, before: np.ndarray, error: np.ndarray) -> np.ndarray:
-        """The layers with an excess and without a promise kept.
-
-        What was promised from the window of the plan itself is too good to be kept: what the next
-        window shows takes its place, unless that is far worse.
-        """
-        slack = self.tolerance + np.minimum(2 * error, 2 * self.tolerance)
-        first = self._untried & (before <= _hoped(self._promised) + slack)
-        self._promised[first] = np.maximum(self._promised, before)[first]
-        self._untried[:] = False
-        kept = before <= self._promised + slack
-        return np.flatnonzero((before > 1 + self.min_excess) & ~kept)
 
     def _offers(
         self, window: Window, before: np.ndarray, layers: np.ndarray, terms: Terms
@@ -251,7 +258,7 @@ class FlashLB:
         columns = self._planned_columns(window.tokens, found, layers)
         after, _ = self._measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
-        prices = np.where(window.kept[layers], 1, FIRST_SHARE) * terms.price
+        prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
         pays = np.flatnonzero((moves > 0) & (gains > prices * moves))
         order = pays[np.argsort(-gains[pays] / moves[pays], kind="stable")]
         return [
@@ -267,7 +274,19 @@ class FlashLB:
         ]
 
     def _confirmed(self, window: Window, offers: list[Offer], terms: Terms) -> list[Offer]:
-        """The offers that chance does not explain, with what they can promise.
+        """The offers that chance does not explain, with what they can promise."""
+        sure = {}
+        for offer in offers:
+            noise = window.noise[offer.layer]
+            beyond = BEYOND_NOISE * noise * (1 if window.settled[offer.layer] else 2)
+            if noise and offer.gain >= self.min_gain + beyond:
+                sure[offer.layer] = offer._replace(promise=offer.par + DOUBT * noise)
+        rest = [offer for offer in offers if not window.noise[offer.layer]]
+        sure |= {offer.layer: offer for offer in self._repeated(window, rest, terms)}
+        return [sure[offer.layer] for offer in offers if offer.layer in sure]
+
+    def _repeated(self, window: Window, offers: list[Offer], terms: Terms) -> list[Offer]:
+        """The offers of layers whose gain is not that of one half of the window only.
 
         A plan from the older half of the window must win min_gain on the newer half: by one
         standard error if it wins five times as much, else by three. Its PAR there is what may be
@@ -283,11 +302,11 @@ class FlashLB:
         ratios = _ratios(newer, found, columns)
         gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
         error = gains.std(axis=0) / math.sqrt(len(gains))
-        doubt = np.minimum(3 * error, np.maximum(error, 4 * self.min_gain))
+        doubt = np.minimum(DOUBT * error, np.maximum(error, 4 * self.min_gain))
         sure = gains.mean(axis=0) - doubt >= self.min_gain
         unseen = ratios.mean(axis=0)
         return [
-            offer._replace(promise=float(np.clip(unseen[i], offer.par, _hoped(offer.par))))
+            offer._replace(promise=float(np.clip(unseen[i], offer.par, hoped(offer.par))))
             for i, offer in enumerate(offers)
             if sure[i]
         ]
@@ -317,15 +336,16 @@ class FlashLB:
         """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
         found = np.empty((len(layers), self.ranks, self.slots_per_rank), np.int32)
         moves = np.empty(len(layers), np.int64)
-        for kept, alike in product((False, True), repeat=2):
-            mine = (window.kept[layers] == kept) & (window.alike[layers] == alike)
+        for settled, alike in product((False, True), repeat=2):
+            mine = (window.settled[layers] == settled) & (window.alike[layers] == alike)
             if not mine.any():
                 continue
             heat, weights = window.with_past() if alike else window.alone()
-            price = terms.price * (1 if kept else FIRST_SHARE)
+            price = terms.price * (1 if settled else FIRST_SHARE)
             search = partial(search_layers, heat, weights, window.today)
             effort = effort_of(self.effort, self.ranks * self.slots_per_rank, len(heat))
-            rest = (effort, terms._replace(price=price))
+            scratch = terms.scratch and (window.anew or not settled)
+            rest = (effort, terms._replace(price=price, scratch=scratch))
 
             def work(part: np.ndarray, search=search, rest=rest) -> None:
                 found[part], moves[part] = search(layers[part], *rest)
@@ -393,11 +413,6 @@ class FlashLB:
 def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """PAR of each episode [T, n] of placements of all layers of `tokens`."""
     return divided_par(np.ascontiguousarray(tokens), placement, np.arange(len(placement)), columns)
-
-
-def _hoped(par):
-    """The most that a placement with `par` on its own window may show on the next one."""
-    return 1 + OPTIMISM * (par - 1)
 
 
 def warmup() -> None:

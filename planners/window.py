@@ -11,20 +11,28 @@ class Window(NamedTuple):
     """What a plan is made from.
 
     Attributes:
-        tokens: float64[T, layers, E], the window.
+        seen: float64[T, layers, E], the window.
+        tokens: float64[T, layers, E], what the plan is made for; see `forecast`.
+        noise: float64[layers], standard error of PAR on `tokens`; 0 where they are those seen.
         past: float64[M, layers, E], what came before it.
         worth: float32[M], weight of each of these, an episode of the window having weight 1.
         alike: bool[layers], whether the past of a layer counts.
         kept: bool[layers], whether a layer has the placement of its last plan.
+        settled: bool[layers], those of `kept` that keep a promise.
+        anew: whether settled layers are placed from scratch, too.
         today: int32[layers, R, S].
         columns: int16[layers, R, S], the routing columns of today.
     """
 
+    seen: np.ndarray
     tokens: np.ndarray
+    noise: np.ndarray
     past: np.ndarray
     worth: np.ndarray
     alike: np.ndarray
     kept: np.ndarray
+    settled: np.ndarray
+    anew: bool
     today: np.ndarray
     columns: np.ndarray
 

@@ -34,7 +34,7 @@ NAN, INF = float("nan"), float("inf")
         ("max_layers", False, "it must be a whole number of at least 0"),
         *[
             (name, value, "it must be a finite number of at least 0")
-            for name in ("min_excess", "min_gain", "move_price", "tolerance", "half_life")
+            for name in ("min_excess", "min_gain", "move_price", "floor", "tolerance", "half_life")
             for value in (-0.1, NAN, INF, "1", None, True)
         ],
     ],

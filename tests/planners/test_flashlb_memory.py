@@ -55,7 +55,7 @@ def test_a_promise_holds_only_for_the_placement_it_was_made_for():
 
 def test_a_promise_is_forgotten_once_the_placement_was_another():
     heat, placement = stuck()
-    planner = FlashLB(4, 2)
+    planner = FlashLB(4, 2, floor=9)
     promised = planner.plan(heat, placement).placement
     assert not planner.plan(loosened(promised), promised)
     assert not planner.plan(np.ones((8, 1, 8)), placement)
@@ -160,7 +160,7 @@ def test_nothing_is_read_or_written_behind_the_callers_back():
 
 def test_a_changed_plan_does_not_change_what_was_promised():
     heat, placement = stuck()
-    planner = FlashLB(4, 2)
+    planner = FlashLB(4, 2, floor=9)
     plan = planner.plan(heat, placement)
     promised = plan.placement.copy()
     plan.placement[:] = 0
@@ -179,7 +179,7 @@ def test_placements_are_confirmed_with_uniform_routing_whatever_was_planned(monk
 
     monkeypatch.setattr(flashlb, "_ratios", spy)
     rng = np.random.default_rng(5)
-    heat, start = window(rng, zipf(rng, 3, 64, 1.2)), initial(3, 8, 9, 64)
+    heat, start = window(rng, zipf(rng, 3, 64, 1.2)) / 2, initial(3, 8, 9, 64)
     planner = FlashLB(8, 9, routing="weighted")
     assert (planner.plan(heat, start).columns > 1).any()
     planner.plan(heat, start[:, ::-1])

@@ -5,7 +5,8 @@ import pytest
 from checker import assert_leads, ratios
 from heats import EVEN_SOON, initial, loosened, stuck, uneven, window, zipf
 
-from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners import flashlb
+from flash_eplb.planners.flashlb import FIRST_SHARE, FlashLB
 
 EFFORTS = ["fast", "balanced", "thorough"]
 
@@ -147,15 +148,19 @@ def test_a_plan_pays_for_its_moves():
     # It wins 0.2 by moving 2 of 4 slots.
     heat, placement = np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
     for price, worth in ((0.38, True), (0.42, False)):
+        assert bool(FlashLB(2, 2, move_price=price / FIRST_SHARE).plan(heat, placement)) == worth
         planner = FlashLB(2, 2, move_price=price, half_life=0)
-        assert not planner.plan(np.ones((4, 1, 4)), placement)
-        assert bool(planner.plan(heat, placement)) == worth
+        plan = planner.plan(np.array([[uneven(6)]] * 4), placement)
+        assert plan
+        worse = np.empty((4, 1, 4))
+        worse[:, 0, plan.placement[0].ravel()] = uneven(2)
+        assert bool(planner.plan(worse, plan.placement)) == worth
 
 
 def test_moves_that_cost_more_are_fewer():
     rng = np.random.default_rng(7)
     heat, placement = window(rng, zipf(rng, 2, 64)), initial(2, 8, 9, 64)
-    plans = [FlashLB(8, 9, move_price=p).plan(heat, placement) for p in (0, 1, 10, 1000)]
+    plans = [FlashLB(8, 9, move_price=p).plan(heat, placement) for p in (0, 30, 300, 30_000)]
     moves = [len(plan.moves) for plan in plans]
     assert moves[0] > moves[1] > moves[2] >= moves[3] == 0
 
@@ -169,7 +174,7 @@ def test_every_layer_looks_where_picking_does_not():
 
 def test_a_layer_that_keeps_its_promise_is_left_alone():
     heat, placement = stuck()
-    planner = FlashLB(4, 2)
+    planner = FlashLB(4, 2, floor=9)
     plan = planner.plan(heat, placement)
     assert plan.par_after[0] == pytest.approx(5 / 3)
     for _ in range(3):
@@ -195,8 +200,43 @@ def test_a_layer_that_breaks_its_promise_is_planned_again(every_layer):
 
 @pytest.mark.parametrize("tolerance", [0.05, 0.2])
 def test_the_tolerance_says_how_far_a_promise_may_be_missed(tolerance):
-    planner = FlashLB(2, 2, tolerance=tolerance, min_gain=0.01, min_excess=0.02, half_life=0)
+    planner = FlashLB(2, 2, tolerance=tolerance, min_gain=0.01, floor=9, half_life=0)
     plan = planner.plan(np.array([[uneven(6)]] * 4), np.array([EVEN_SOON]))
     worse = np.empty((4, 1, 4))
     worse[:, 0, plan.placement[0].ravel()] = uneven(1)
     assert bool(planner.plan(worse, plan.placement)) == (tolerance < 0.1)
+
+
+def test_above_the_floor_a_promise_does_not_stand_in_the_way():
+    heat, placement = stuck()
+    for floor in (0.4, 0.6):
+        planner = FlashLB(4, 2, floor=floor)
+        plan = planner.plan(heat, placement)
+        later = planner.plan(loosened(plan.placement), plan.placement)
+        assert later.par_before[0] == pytest.approx(1.5)
+        assert bool(later) == (floor < 0.5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_tokens_that_drift_are_followed_with_few_moves(seed, monkeypatch):
+    def excess_and_moves():
+        rng = np.random.default_rng(seed)
+        popularity, placement = zipf(rng, 2, 64, 0.6), initial(2, 8, 9, 64)
+        planner, excess, moves = FlashLB(8, 9), [], []
+        for _ in range(8):
+            episodes = []
+            for _ in range(64):
+                popularity = popularity * np.exp(rng.normal(0, 0.02, popularity.shape))
+                popularity /= popularity.sum(axis=1, keepdims=True)
+                episodes.append(rng.poisson(3000 * popularity))
+            plan = planner.plan(np.array(episodes), placement)
+            placement = plan.placement
+            excess.append(ratios(popularity[None], placement).mean() - 1)
+            moves.append(len(plan.moves) / placement.size)
+        return np.mean(excess[1:]), np.mean(moves[1:])
+
+    ours, moves = excess_and_moves()
+    assert moves < 0.25
+    none = np.zeros(2)
+    monkeypatch.setattr(flashlb, "forecast", lambda heat, past, span: (heat, none))
+    assert ours < 0.9 * excess_and_moves()[0]

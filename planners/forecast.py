@@ -1,0 +1,87 @@
+"""What the next window is likely to show, where the counts of an episode are largely chance.
+
+With few tokens (decode) an expert's count in one episode says little: a placement that fits the
+episodes fits noise. There the episodes are drawn towards their mean, by the share of their variance
+that chance explains (James and Stein 1961), and the mean is carried to where the popularity of the
+experts has drifted: the level of a random walk seen through noise, whose best estimate weighs the
+episodes by their age (Muth 1960).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+LARGELY = 0.3
+"""Share of the variance between episodes that chance must explain."""
+
+MUCH = 4.0
+"""Times the variance between episodes that it may be: counts that vary less are not by chance."""
+
+DOUBT = 3.0
+"""Standard errors by which the halves of a window must differ to show a drift."""
+
+FEWEST = 8
+"""Episodes of a window that tell chance from change."""
+
+
+def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
+    """The episodes to plan for, and how uncertain the level of their shares is.
+
+    Args:
+        window: float64[T, layers, E], oldest first.
+        past: float64[M, layers, E], sums of `span` earlier episodes each, oldest first; without
+            tokens where it does not count.
+        span: at least 1.
+
+    Returns:
+        (float64[T, layers, E]; float64[layers], the standard error of the shares of all experts
+        together, 0 where the episodes are those of the window).
+    """
+    errors = np.zeros(window.shape[1])
+    if len(window) < FEWEST:
+        return window, errors
+    tokens = window.sum(axis=2)
+    share = window / np.maximum(tokens, 1e-300)[:, :, None]
+    spread = share.var(axis=0, ddof=1).sum(axis=1)
+    chance = (1 / np.maximum(tokens, 1)).mean(axis=0)  # the variance of Poisson counts, as shares
+    by_chance = (chance > LARGELY * spread) & (chance < MUCH * spread) & tokens.all(axis=0)
+    chosen = np.flatnonzero(by_chance)
+    chosen = chosen[(window[:, chosen] % 1 == 0).all(axis=(0, 2))]  # what is no count has no chance
+    expected = window.copy() if len(chosen) else window
+    for layer in chosen:
+        spans, weights = _weights(share[:, layer], past[:, layer], span, chance[layer])
+        before = past[:, layer] / np.maximum(past[:, layer].sum(axis=1), 1e-300)[:, None]
+        level = weights @ np.concatenate([before, share[:, layer]])
+        errors[layer] = math.sqrt(chance[layer] * (weights**2 / spans).sum())
+        mean = window[:, layer].mean(axis=0)
+        kept = max(0.0, 1 - chance[layer] / max(spread[layer], 1e-300))
+        level *= tokens[:, layer].mean()
+        ratio = np.divide(level, mean, out=np.ones_like(mean), where=mean > 0)
+        expected[:, layer] = (mean + kept * (window[:, layer] - mean)) * ratio
+    return expected, errors
+
+
+def _weights(
+    share: np.ndarray, past: np.ndarray, span: int, chance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the past and of the window's episodes: (how many each sums up; its weight, 1 in sum).
+
+    How fast shares drift is what the halves of the window differ by, less what chance explains.
+
+    Args:
+        share: float64[T, E], of the window's episodes.
+        past, span: as in `forecast`, of the layer.
+        chance: the variance of one episode's shares, over all experts.
+    """
+    half = len(share) // 2
+    apart = ((share[-half:].mean(axis=0) - share[:half].mean(axis=0)) ** 2).sum()
+    by_chance = 2 * chance / half * (1 + DOUBT * math.sqrt(2 * (share.mean(axis=0) ** 2).sum()))
+    # two adjacent stretches of a random walk differ by 2/3 of what it does in one of them
+    drift = max(0.0, apart - by_chance) * 1.5 / half
+    spans = np.concatenate([np.full(len(past), span), np.ones(len(share))])
+    age = spans[::-1].cumsum()[::-1] - spans / 2
+    weights = spans * (1 - math.sqrt(drift / (drift + chance))) ** age
+    weights[: len(past)] *= past.any(axis=1)
+    return spans, weights / weights.sum()

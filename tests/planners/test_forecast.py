@@ -1,0 +1,90 @@
+"""What is expected of the next window, where the counts of an episode are largely chance."""
+
+import numpy as np
+import pytest
+from heats import window, zipf
+
+from flash_eplb.planners.forecast import FEWEST, forecast
+
+NONE = np.empty((0, 1, 64))
+
+
+def shares(heat):
+    """Each expert's share of the tokens of all episodes, of layer 0."""
+    return heat[:, 0].sum(axis=0) / heat[:, 0].sum()
+
+
+def far(heat, popularity):
+    """How far the shares of `heat` are from `popularity`."""
+    return np.abs(shares(heat) - popularity).sum()
+
+
+def drifting(rng, episodes, change, tokens=4000):
+    """Poisson counts of a popularity that walks; and the popularity after it."""
+    popularity, rows = zipf(rng, 1, 64), []
+    for _ in range(episodes):
+        popularity = popularity * np.exp(rng.normal(0, change, popularity.shape))
+        popularity /= popularity.sum()
+        rows.append(rng.poisson(tokens * popularity))
+    return np.array(rows, float), popularity[0]
+
+
+def test_chance_is_taken_out_of_counts():
+    rng = np.random.default_rng(1)
+    heat = window(rng, zipf(rng, 1, 64), 64, 4000).astype(float)
+    expected, error = forecast(heat, NONE, 4)
+    np.testing.assert_allclose(expected.sum(axis=0), heat.sum(axis=0), rtol=0.003)
+    assert (expected.std(axis=0) < 0.35 * heat.std(axis=0)).all()
+    assert error[0] == pytest.approx(1 / np.sqrt(heat.sum()), rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_that_drift_are_carried_to_the_end_of_the_window(seed):
+    heat, popularity = drifting(np.random.default_rng(seed), 64, 0.02)
+    expected, error = forecast(heat, NONE, 4)
+    assert far(expected, popularity) < 0.9 * far(heat, popularity)
+    assert error[0] > 1 / np.sqrt(heat.sum())  # fewer episodes tell of it
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_past_counts_where_nothing_drifts(seed):
+    rng = np.random.default_rng(seed)
+    popularity = zipf(rng, 1, 64)
+    heat, past = (window(rng, popularity, n, 2000).astype(float) for n in (16, 160))
+    sums = past.reshape(40, 4, 1, 64).sum(axis=1)
+    known, error = forecast(heat, sums, 4)
+    alone, more = forecast(heat, NONE, 4)
+    assert far(known, popularity[0]) < 0.6 * far(alone, popularity[0])
+    assert error[0] == pytest.approx(1 / np.sqrt(heat.sum() + past.sum()), rel=0.02)
+    assert more[0] > error[0]
+    none, same = forecast(heat, np.zeros_like(sums), 4)
+    np.testing.assert_allclose(none, alone)
+    assert same == more
+
+
+def test_each_layer_is_judged_by_itself():
+    rng = np.random.default_rng(2)
+    popularity = zipf(rng, 3, 64)
+    heat = window(rng, popularity, 32, 4000).astype(float)
+    heat[:, 1] = rng.poisson(10**6 * popularity[1] * rng.gamma(4, 1 / 4, (32, 64)))  # no chance
+    heat[5, 2] = 0  # an episode without tokens
+    expected, error = forecast(heat, np.empty((0, 3, 64)), 4)
+    assert (error > 0).tolist() == [True, False, False]
+    assert (expected[:, 1:] == heat[:, 1:]).all()
+    assert (expected[:, 0] != heat[:, 0]).any()
+
+
+@pytest.mark.parametrize(
+    "heat",
+    [
+        np.random.default_rng(3).poisson(50, (FEWEST - 1, 1, 64)).astype(float),
+        np.random.default_rng(3).poisson(50, (32, 1, 64)) / 2,
+        np.tile(np.arange(64.0), (32, 1, 1)),
+        np.zeros((32, 1, 64)),
+    ],
+    ids=["few episodes", "no counts", "always the same", "no tokens"],
+)
+def test_what_chance_does_not_explain_is_left_as_it_is(heat):
+    expected, error = forecast(heat, NONE, 4)
+    assert expected is heat
+    assert error.tolist() == [0]
