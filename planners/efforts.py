@@ -41,11 +41,11 @@ EFFORTS = {
         (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2),
         starts=4,
         checks=32,
-        partners=1024,
+        partners=32,
         sweeps=60,
         least=2e-6,
         episodes=1024,
-        kicks=4,
+        kicks=3,
     ),
 }
 """What `effort` means."""

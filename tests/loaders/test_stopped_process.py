@@ -13,7 +13,7 @@ VOTE_STEPS = 2
 
 def test_steps_and_balancing_resume_after_a_process_was_stopped(session):
     """Each rank proves all its slots after every commit, before and after the stop."""
-    plans, rows, moves, seed, seconds = 4, 2, 40, 11, 11.5
+    plans, rows, moves, seed, seconds = 4, 2, 40, 11, 13.5
     arguments = [session, *map(str, (plans, rows, moves, seed, seconds))]
     run = subprocess.run(
         [sys.executable, GROUP, *arguments], capture_output=True, text=True, timeout=240
