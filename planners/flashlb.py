@@ -155,7 +155,7 @@ class FlashLB:
         before: np.ndarray = now
         rerouted = np.empty(0, np.int64)
         if self._senders is not None:
-            rerouted = self._senders.rerouted(window, now, self.min_excess, self.min_gain)
+            rerouted = self._senders.rerouted(window, shown, self.min_excess, self.min_gain)
         if len(rerouted):  # that is free, so what moves has to win more
             before, error = self._measure(window.tokens, today, columns=window.columns)
         due = np.flatnonzero(before > 1)

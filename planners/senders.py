@@ -74,12 +74,12 @@ class Senders:
             min_gain: PAR.
         """
         ranks, slots = window.today.shape[1:]
-        experts = window.tokens.shape[2]
+        experts = window.seen.shape[2]
         if ranks == 1:
             return np.empty(0, np.int64)
         unknown = ~window.kept & (ranks * slots > experts)
         layers = np.flatnonzero(unknown | (now > 1 + min_excess))
-        found = self.planned(window.tokens, window.today[layers], layers)
+        found = self.planned(window.seen, window.today[layers], layers)
         chosen = unknown[layers] | self._wins(window, now, layers, found, min_gain)
         window.columns[layers[chosen]] = found[chosen]
         return layers[chosen]
@@ -96,8 +96,8 @@ class Senders:
 
         A division from the older half of the window must do so on the newer half, too.
         """
-        half = len(window.tokens) // 2
-        older, newer = window.tokens[:half], window.tokens[half:]
+        half = len(window.seen) // 2
+        older, newer = window.seen[:half], window.seen[half:]
         if not older.any() or not newer.any():
             return np.zeros(len(layers), np.bool_)
         today, columns = window.today[layers], window.columns[layers]
@@ -105,7 +105,7 @@ class Senders:
         sure = self.measure(newer, today, layers, columns) - self.measure(
             newer, today, layers, tried
         )
-        gain = now[layers] - self.measure(window.tokens, today, layers, found)[0]
+        gain = now[layers] - self.measure(window.seen, today, layers, found)[0]
         return (gain >= min_gain) & (sure[0] >= min_gain)
 
 
