@@ -232,3 +232,16 @@ class Cluster:
         for rank in self.ranks:
             rank.loader.close()
             rank.segment.close()
+
+
+def swap(layer: int, first: tuple[int, int, int], second: tuple[int, int, int]) -> np.ndarray:
+    """Two experts (expert, rank, slot) change places."""
+    moves = [
+        (layer, first[0], first[1], first[2], second[1], second[2]),
+        (layer, second[0], second[1], second[2], first[1], first[2]),
+    ]
+    return np.array(moves, MOVE)
+
+
+# 6 experts, 3 ranks x 3 slots: rank 0 holds 0 1 2, rank 1 holds 3 4 5, rank 2 holds 0 1 2
+SWAP = swap(1, (0, 0, 0), (3, 1, 0))

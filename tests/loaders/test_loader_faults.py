@@ -1,0 +1,217 @@
+"""Weights that are not what they should be, transfers that hang, and errors of our own."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cluster import SWAP, swap
+
+from flash_eplb.ipc.placement import MOVE
+from flash_eplb.ipc.status import Field, State
+from flash_eplb.loaders import stager as stager_module
+from flash_eplb.loaders.stager_pool import MOST_HUNG
+from flash_eplb.loaders.transport import PeerToPeer
+
+
+def test_a_sender_that_reads_a_wrong_row_aborts_the_round_everywhere(cluster, monkeypatch, caplog):
+    group = cluster()
+    source, mistakes = stager_module.Stager._source, [1]
+
+    def misread(self, move):
+        if self._rank == 0 and mistakes:
+            mistakes.pop()
+            move = move.copy()
+            move["source_slot"] += 1
+        return source(self, move)
+
+    monkeypatch.setattr(stager_module.Stager, "_source", misread)
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.send(group.record(SWAP))
+        group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    assert [rank.segment.status[Field.ABORTED] for rank in group.ranks] == [1, 1, 1]
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [1, 0, 0]
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+    assert "layer 1 expert 0 from rank 0 slot 0 to rank 1: digest" in caplog.text
+    assert "at its source" in caplog.text
+    group.check_consistent()
+    # the receiver does not wait for its timeout: the next plan commits at once
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.check_consistent()
+
+
+def test_weights_that_somebody_else_has_written_stop_balancing_on_all_ranks(cluster, caplog):
+    group = cluster()
+    group.ranks[0].engine.weights[1][0][0, 7] += 1  # rank 0's expert 0 of layer 1
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.send(group.record(SWAP))
+        group.tick_until(lambda: bool(group.ranks[2].loader.stopped))
+    for rank in group.ranks:
+        assert "EP rank 0 holds an expert whose weights are not those of the st" in (
+            rank.loader.stopped
+        )
+        assert rank.segment.status[Field.STATE] == State.STOPPED
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [1, 0, 0]
+    assert "layer 1 expert 0 from rank 0" in caplog.text
+    group.tick(20)
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+
+
+def test_an_expert_that_changes_is_found_though_nothing_moves(cluster, caplog):
+    group = cluster(patrol_steps=1)
+    for _ in range(30):
+        group.tick(2)
+        time.sleep(0.001)
+    assert not any(rank.loader.stopped for rank in group.ranks)
+    group.ranks[1].engine.weights[2][0][2, 4] += 1  # rank 1's expert 5 of layer 2
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.tick_until(lambda: bool(group.ranks[0].loader.stopped))
+    assert all("EP rank 1 holds an expert whose" in rank.loader.stopped for rank in group.ranks)
+    assert "a live expert has changed: layer 2 expert 5 in slot 2: digest" in caplog.text
+
+
+def test_the_patrol_lets_rounds_pass_and_follows_them(cluster):
+    group = cluster(patrol_steps=1, vote_steps=1)
+    back = swap(1, (3, 0, 0), (0, 1, 0))
+    for number in range(1, 9):
+        group.send(group.record(back if number % 2 == 0 else SWAP, plan=number, sequence=number))
+        group.tick_until(lambda number=number: group.ranks[0].loader.epoch == number)
+        group.tick(20)
+    group.check_consistent()
+    assert not any(rank.loader.stopped for rank in group.ranks)
+
+
+def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, monkeypatch, caplog):
+    group = cluster(transfer_timeout=2.0)
+    exchange = PeerToPeer.exchange
+    flips = []
+
+    def exchange_and_flip(self, moves, leaving, arriving):
+        exchange(self, moves, leaving, arriving)
+        if self._rank == 1 and arriving and group.ranks[1].loader.epoch == 1 and not flips:
+            flips.append(1)
+            arriving[0].views[0][3] ^= 4
+
+    monkeypatch.setattr(PeerToPeer, "exchange", exchange_and_flip)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    back = swap(1, (3, 0, 0), (0, 1, 0))
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.send(group.record(back, plan=2, sequence=2))
+        group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    assert "on arrival" in caplog.text
+    assert [rank.segment.status[Field.DAMAGED] for rank in group.ranks] == [0, 1, 0]
+    group.check_consistent()
+    group.send(group.record(back, plan=3, sequence=3))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
+    group.check_consistent()
+    for rank in group.ranks:
+        _, aborted, committed = rank.segment.rounds.read()
+        assert [aborted[n] for n in ("plan", "committed", "rows", "received_bytes")] == [2, 0, 0, 0]
+        assert (aborted["staged_ns"] == 0) == (rank is group.ranks[1])
+        assert 0 < aborted["begin_ns"] < aborted["commit_ns"] == aborted["end_ns"]
+        assert [committed[n] for n in ("plan", "committed")] == [3, 1]
+        assert aborted["end_ns"] < committed["start_ns"] < committed["staged_ns"]
+
+
+def hanging(monkeypatch, rank, errands=1):
+    """Let the first errands of `rank` wait for the event that is returned."""
+    release = threading.Event()
+    stage, left = stager_module.Stager._stage, [errands]
+
+    def hang(self, errand):
+        if self._rank == rank and errand.identity and left[0]:
+            left[0] -= 1
+            release.wait(20)
+        return stage(self, errand)
+
+    monkeypatch.setattr(stager_module.Stager, "_stage", hang)
+    return release
+
+
+def test_a_stager_that_hangs_is_aborted_and_later_plans_commit_without_its_rows(
+    cluster, monkeypatch, caplog
+):
+    group = cluster(timeout_steps=60)
+    release = hanging(monkeypatch, rank=1)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    assert [rank.segment.status[Field.ABORTED] for rank in group.ranks] == [1, 1, 1]
+    status = group.ranks[1].segment.status
+    assert status[Field.QUARANTINED_ROWS] == 1
+    assert "EP rank 1 failed; its transfer still runs here, 1 staging rows are left" in caplog.text
+    hung = group.ranks[1].stagers._hung[0]
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    assert hung.stager.busy
+    assert not set(hung.rows) & set(group.ranks[1].stagers.rows)
+    group.check_consistent()
+    release.set()
+    group.tick_until(lambda: status[Field.QUARANTINED_ROWS] == 0)
+    group.check_consistent()
+    group.send(group.record(swap(1, (3, 0, 0), (0, 1, 0)), plan=3, sequence=3))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 2)
+    group.check_consistent()
+
+
+def test_a_round_waits_for_the_rows_that_hang(cluster, monkeypatch):
+    group = cluster(timeout_steps=60, rows=1)
+    release = hanging(monkeypatch, rank=1)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick(50)
+    assert group.ranks[1].segment.status[Field.QUARANTINED_ROWS] == 1
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+    release.set()
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.check_consistent()
+
+
+def test_stagers_that_hang_one_after_the_other_are_replaced_up_to_a_number(cluster, monkeypatch):
+    group = cluster(timeout_steps=30, rows=MOST_HUNG + 2)
+    release = hanging(monkeypatch, rank=1, errands=99)  # it only sends, so it fills no row
+    for number in range(1, MOST_HUNG + 3):
+        moves = np.array([(1, 3, 1, 0, 0, 1)], MOVE)  # expert 3 from rank 1 to rank 0
+        group.send(group.record(moves, plan=number, sequence=number))
+        group.tick(50)
+    assert len(group.ranks[1].stagers._hung) == MOST_HUNG
+    assert group.ranks[1].stagers.busy
+    assert group.ranks[0].loader.epoch == 0
+    release.set()
+    group.tick_until(lambda: not any(rank.stagers.busy for rank in group.ranks))
+    monkeypatch.undo()
+    group.send(group.record(SWAP, plan=99, sequence=99))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.check_consistent()
+
+
+def test_a_mismatch_on_one_rank_stops_all_before_any_commit(cluster, caplog):
+    group = cluster()
+    group.tick(3)
+    group.ranks[1].loader.mismatch = True
+    group.send(group.record(SWAP))
+    with caplog.at_level("ERROR", "flash_eplb.loader"):
+        group.tick_until(lambda: bool(group.ranks[0].loader.stopped))
+    assert all("EP rank 1 has run a forward pass" in r.loader.stopped for r in group.ranks)
+    assert all(r.segment.status[Field.STATE] == State.STOPPED for r in group.ranks)
+    group.tick(50)
+    assert all(rank.loader.epoch == 0 for rank in group.ranks)
+    group.check_consistent()
+
+
+def test_an_error_of_ours_on_one_rank_stops_all(cluster, monkeypatch, caplog):
+    group = cluster()
+
+    def fail(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(group.ranks[0].loader._inbox, "collect", fail)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: bool(group.ranks[2].loader.stopped))
+    assert all("EP rank 0 has stopped" in rank.loader.stopped for rank in group.ranks)
+    assert all(rank.loader.epoch == 0 for rank in group.ranks)
