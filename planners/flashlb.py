@@ -17,10 +17,10 @@ import numpy as np
 
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
 from .efforts import EFFORTS, effort_of
-from .forecast import forecast
+from .forecast import DOUBT, forecast
 from .memory import MERGED, Memory, is_alike
 from .plan import Plan, align_all, make_plan, plan_between
-from .promises import DOUBT, Promises, hoped
+from .promises import Promises, hoped
 from .routing import weigh_layer
 from .search import Terms, measure, search_layers
 from .senders import Senders, divided_par, even_senders
@@ -30,7 +30,7 @@ EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
 
 FIRST_SHARE = 0.03
-"""Share of the price of moves that a layer's first plan pays: it gains for long."""
+"""Share of the price of moves that a layer without a promise pays: its plan gains for long."""
 
 BEYOND_NOISE = 2.0
 """Standard errors above `min_gain` that a gain must be where counts are largely chance; twice as

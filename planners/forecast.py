@@ -13,6 +13,8 @@ import math
 
 import numpy as np
 
+from .memory import shares
+
 LARGELY = 0.3
 """Share of the variance between episodes that chance must explain."""
 
@@ -20,7 +22,7 @@ MUCH = 4.0
 """Times the variance between episodes that it may be: counts that vary less are not by chance."""
 
 DOUBT = 3.0
-"""Standard errors by which the halves of a window must differ to show a drift."""
+"""Standard errors that chance is taken to explain."""
 
 FEWEST = 8
 """Episodes of a window that tell chance from change."""
@@ -43,7 +45,7 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
     if len(window) < FEWEST:
         return window, errors
     tokens = window.sum(axis=2)
-    share = window / np.maximum(tokens, 1e-300)[:, :, None]
+    share = shares(window)
     spread = share.var(axis=0, ddof=1).sum(axis=1)
     chance = (1 / np.maximum(tokens, 1)).mean(axis=0)  # the variance of Poisson counts, as shares
     by_chance = (chance > LARGELY * spread) & (chance < MUCH * spread) & tokens.all(axis=0)
@@ -52,11 +54,10 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
     expected = window.copy() if len(chosen) else window
     for layer in chosen:
         spans, weights = _weights(share[:, layer], past[:, layer], span, chance[layer])
-        before = past[:, layer] / np.maximum(past[:, layer].sum(axis=1), 1e-300)[:, None]
-        level = weights @ np.concatenate([before, share[:, layer]])
+        level = weights @ np.concatenate([shares(past[:, layer]), share[:, layer]])
         errors[layer] = math.sqrt(chance[layer] * (weights**2 / spans).sum())
         mean = window[:, layer].mean(axis=0)
-        kept = max(0.0, 1 - chance[layer] / max(spread[layer], 1e-300))
+        kept = max(0.0, 1 - chance[layer] / spread[layer])
         level *= tokens[:, layer].mean()
         ratio = np.divide(level, mean, out=np.ones_like(mean), where=mean > 0)
         expected[:, layer] = (mean + kept * (window[:, layer] - mean)) * ratio

@@ -77,10 +77,14 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     return _apart(_popularity(past), now) <= FAR * within + STIR
 
 
+def shares(tokens: np.ndarray) -> np.ndarray:
+    """Each expert's share of the tokens, float64[..., experts]; 0 where there are none."""
+    return tokens / np.maximum(tokens.sum(axis=-1, keepdims=True), 1e-300)
+
+
 def _popularity(heat: np.ndarray) -> np.ndarray:
-    """Each expert's share of the tokens, float64[layers, experts]."""
-    tokens = heat.sum(axis=0)
-    return tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1e-300)
+    """Each expert's share of the tokens of all episodes, float64[layers, experts]."""
+    return shares(heat.sum(axis=0))
 
 
 def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:

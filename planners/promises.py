@@ -6,13 +6,11 @@ import math
 
 import numpy as np
 
+from .forecast import DOUBT
 from .window import Offer, Window
 
 OPTIMISM = 3.0
 """Times the excess on the window of a plan that the next window may show without surprise."""
-
-DOUBT = 3.0
-"""Standard errors that chance is taken to explain."""
 
 
 class Promises:

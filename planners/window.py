@@ -18,7 +18,7 @@ class Window(NamedTuple):
         worth: float32[M], weight of each of these, an episode of the window having weight 1.
         alike: bool[layers], whether the past of a layer counts.
         kept: bool[layers], whether a layer has the placement of its last plan.
-        settled: bool[layers], those of `kept` that keep a promise.
+        settled: bool[layers], those of `kept` that have a promise.
         anew: whether settled layers are placed from scratch, too.
         today: int32[layers, R, S].
         columns: int16[layers, R, S], the routing columns of today.
