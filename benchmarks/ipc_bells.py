@@ -1,13 +1,15 @@
-"""How long an asyncio loop in another process takes to wake: our doorbell, a pipe, a socket."""
+"""How long an asyncio loop in another process takes to wake: our doorbell, pipes, a socket."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from flash_eplb.ipc.names import bell_name
 
 from .ipc_run import CONTEXT, PeerError, Run, ignore_interrupts
 
-BELL, PIPE, DATAGRAM = "doorbell (ours)", "pipe", "Unix datagram socket"
-WAYS = (BELL, PIPE, DATAGRAM)
+BELL, PIPE, DATAGRAM = "doorbell (ours)", "asyncio pipe", "Unix datagram socket"
+BARE = "pipe, add_reader"
+WAYS = (BELL, PIPE, BARE, DATAGRAM)
 RUNG, WOKEN = 2, 3  # words: when it was rung, and how often the loop has woken
 GAP = 0.001  # seconds from one ring to the next
 PATIENCE = 5.0
@@ -29,7 +32,7 @@ class Wakes:
     """One way's latencies in microseconds, by rounds."""
 
     way: str
-    rounds: list[np.ndarray] = field(default_factory=list)
+    rounds: list[np.ndarray]
 
     def time(self, quantile: float) -> float:
         """The median of the rounds' p50 or p99; of p99.9, that of all wake-ups together."""
@@ -39,15 +42,18 @@ class Wakes:
 
 
 def measure(run: Run, rounds: int, rings: int) -> list[Wakes]:
-    """The three ways in turn, one pair of processes, the descriptors in one loop."""
+    """The ways in an order drawn anew for each ring, one pair of processes, in one loop.
+
+    The asyncio pipe is the loop's own transport, whose protocol is called with what was read.
+    """
     session = f"bench-{os.getpid()}"
     path = f"{run.folder}/datagram"
     with ExitStack() as stack:
         bell = Doorbell.create(bell_name(session))
         stack.callback(bell.close)
-        read_end, write_end = CONTEXT.Pipe(duplex=False)
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
         control, theirs = CONTEXT.Pipe()
-        arguments = (theirs, run.words, bell_name(session), read_end, path)
+        arguments = (theirs, run.words, bell_name(session), [end for end, _ in pipes], path)
         process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         stack.callback(_end, process)
@@ -55,35 +61,43 @@ def measure(run: Run, rounds: int, rings: int) -> list[Wakes]:
         _answer(control)
         sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         sender.connect(path)
-        pipe = write_end.fileno()
+        pipe, bare = (end.fileno() for _, end in pipes)
         ways: dict[str, Callable[[], Any]] = {
             BELL: bell.ring,
             PIPE: lambda: os.write(pipe, b"\x01"),
+            BARE: lambda: os.write(bare, b"\x01"),
             DATAGRAM: lambda: sender.send(b"\x01"),
         }
-        found = {way: Wakes(way) for way in WAYS}
-        for way, ring in ways.items():
-            _round(run.words, control, way, ring, 100)
-        for _ in range(rounds):
-            for way, ring in ways.items():
-                found[way].rounds.append(_round(run.words, control, way, ring, rings))
+        draw = random.Random(0)
+        _round(run.words, control, ways, draw, 100)
+        taken = [_round(run.words, control, ways, draw, rings) for _ in range(rounds)]
         control.send(None)
-    return list(found.values())
+    return [Wakes(way, [times[way] for times in taken]) for way in WAYS]
 
 
-def _round(words: Any, control: Any, way: str, ring: Callable[[], Any], rings: int) -> np.ndarray:
-    words[WOKEN] = 0
+def _round(
+    words: Any,
+    control: Any,
+    ways: dict[str, Callable[[], Any]],
+    draw: random.Random,
+    rings: int,
+) -> dict[str, np.ndarray]:
+    """`rings` of each way; one that always followed another would bear what that leaves to do."""
+    words[WOKEN] = count = 0
     clock, sleep = time.monotonic_ns, time.sleep
-    for count in range(1, rings + 1):
-        words[RUNG] = begin = clock()
-        ring()
-        sleep(GAP)
-        while words[WOKEN] < count:
-            if clock() - begin > PATIENCE * 1e9:
-                raise PeerError(f"{way}: the loop did not wake")
+    for _ in range(rings):
+        for way in draw.sample(WAYS, len(WAYS)):
+            ring = ways[way]
+            count += 1
+            words[RUNG] = begin = clock()
+            ring()
             sleep(GAP)
-    control.send(way)
-    return np.array(_answer(control)) / 1e3
+            while words[WOKEN] < count:
+                if clock() - begin > PATIENCE * 1e9:
+                    raise PeerError(f"{way}: the loop did not wake")
+                sleep(GAP)
+    control.send("times")
+    return {way: np.array(times) / 1e3 for way, times in _answer(control).items()}
 
 
 def _answer(control: Any) -> Any:
@@ -102,12 +116,13 @@ def _end(process: Any) -> None:
         process.join()
 
 
-def _serve(control: Any, words: Any, bell: str, pipe: Any, path: str) -> None:
+def _serve(control: Any, words: Any, bell: str, pipes: list[Any], path: str) -> None:
     """The woken process: takes the time first, then what woke it."""
     import uvloop
 
     ignore_interrupts()
     loop = uvloop.new_event_loop()
+    pipe, bare = pipes
     doorbell = Doorbell.open(bell)
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(path)
@@ -123,18 +138,25 @@ def _serve(control: Any, words: Any, bell: str, pipe: Any, path: str) -> None:
 
         loop.add_reader(descriptor, woken)
 
+    class Protocol(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            taken[PIPE].append(time.monotonic_ns() - words[RUNG])
+            words[WOKEN] += 1
+
     def command() -> None:
-        way = None
+        wanted = None
         with suppress(EOFError, OSError):
-            way = control.recv()
-        if way is None:
+            wanted = control.recv()
+        if wanted is None:
             loop.stop()
             return
-        control.send(taken[way])
-        taken[way].clear()
+        control.send(taken)
+        for times in taken.values():
+            times.clear()
 
     watch(BELL, doorbell.descriptor, doorbell.drain)
-    watch(PIPE, pipe.fileno(), lambda: os.read(pipe.fileno(), 64))
+    loop.run_until_complete(loop.connect_read_pipe(Protocol, pipe))
+    watch(BARE, bare.fileno(), lambda: os.read(bare.fileno(), 64))
     watch(DATAGRAM, receiver.fileno(), lambda: receiver.recv(64))
     loop.add_reader(control.fileno(), command)
     control.send("ready")

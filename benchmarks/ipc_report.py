@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .ipc_bells import BELL, PIPE, Wakes
+from .ipc_bells import BARE, BELL, PIPE, Wakes
 from .ipc_measure import QUANTILES, Cell
 from .ipc_peers import MANAGER_ARRAY, MANAGER_TENSOR, MEMCPY, OURS, PEERS
 from .targets import Target, at_least, at_most, not_run
@@ -55,7 +55,7 @@ def print_size(console: Console, cells: Sequence[Cell]) -> None:
 
 
 def print_wakes(console: Console, wakes: Sequence[Wakes]) -> None:
-    """The doorbell beside a pipe and a socket."""
+    """The doorbell beside pipes and a socket."""
     table = Table(title="Wake-up of a uvloop loop in another process", title_justify="left")
     table.add_column("way")
     for column in ("rings", "p50 us", "p99", "p99.9"):
@@ -74,7 +74,7 @@ def targets(sizes: Sequence[Sequence[Cell]], wakes: Sequence[Wakes], why: str) -
         rows.append(_ahead(sizes, peer, "records/s", lambda peer, ours: ours.rate / peer.rate))
     for peer in (MANAGER_TENSOR, MANAGER_ARRAY):
         rows += [_manager_target(cells, peer) for cells in sizes]
-    return [*rows, _bell_target(wakes, why)]
+    return [*rows, *(_bell_target(wakes, way, why) for way in (PIPE, BARE))]
 
 
 def _limit_targets(cells: Sequence[Cell]) -> list[Target]:
@@ -108,11 +108,11 @@ def _manager_target(cells: Sequence[Cell], peer: str) -> Target:
     return at_least(name, _p50_ratio(theirs, ours), 40.0)
 
 
-def _bell_target(wakes: Sequence[Wakes], why: str) -> Target:
-    name = "doorbell's p50 / a pipe's"
+def _bell_target(wakes: Sequence[Wakes], peer: str, why: str) -> Target:
+    name = f"doorbell's p50 / {peer}"
     if why:
         return not_run(name, "<= 1", why)
-    bell, pipe = (next(w for w in wakes if w.way == way) for way in (BELL, PIPE))
+    bell, pipe = (next(w for w in wakes if w.way == way) for way in (BELL, peer))
     ratios = [np.median(a) / np.median(b) for a, b in zip(bell.rounds, pipe.rounds, strict=True)]
     return at_most(name, float(np.median(ratios)), 1.0)
 

@@ -1,100 +1,134 @@
-"""The doorbell: a POSIX message queue whose descriptor an event loop can watch.
+"""The doorbell: a FIFO in /dev/shm whose descriptor an event loop can watch.
 
 Owner: the worker of EP rank 0 creates and unlinks it. It rings once per episode and per commit and
-never waits: a full queue means that a bell is there already, so no wake-up is lost. `/dev/mqueue`
-need not be mounted.
+never waits: a full FIFO means that bells are there already, so no wake-up is lost. Both ends open
+it for reading and writing: bells that nobody takes stay in it for as long as the worker lives, and
+neither end is told of the other's death by an error, for the lock of the segment tells that.
+
+A FIFO wakes its reader sooner than a message queue does, has no limits of its own, and is there
+wherever the segments are, in a container that shares nothing but /dev/shm, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import os
+import stat
 
-import posix_ipc
-
-from .limits import LimitError, queue_trouble
-from .liveness import SegmentError
+from .limits import LimitError, bell_trouble
+from .liveness import NO_FILE, SegmentError, wrong_mode
 
 _RING = b"\x01"
+_AT_ONCE = 4096
+"""Bytes that one read takes; a FIFO holds 16 times as many."""
 
 
 class Doorbell:
-    """One end of the queue; use `create` in the worker and `open` in the planner."""
+    """One end of the FIFO; use `create` in the worker and `open` in the planner."""
 
-    def __init__(self, queue: posix_ipc.MessageQueue, owner: bool):
-        queue.block = False  # cheaper than a timeout of 0, and asks the kernel for no time
-        self._queue = queue
+    def __init__(self, name: str, descriptor: int, owner: bool):
+        self._name = name
+        self._descriptor = descriptor
         self._owner = owner
 
     @classmethod
     def create(cls, name: str) -> Doorbell:
-        """Make a new queue, replacing a leftover. The caller owns the rank segment beside it.
+        """Make a new FIFO, replacing a leftover. The caller owns the rank segment beside it.
 
         Raises:
-            SegmentError: message queues are not to be had, and the text names the limit; or the
-                leftover is another user's.
+            SegmentError: the leftover is another user's, or no FIFO can be made; the text says why.
         """
+        path = _path(name)
         try:
-            posix_ipc.unlink_message_queue(name)
-        except posix_ipc.ExistentialError:
-            pass
-        except (OSError, posix_ipc.Error) as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
             raise SegmentError(
-                f"message queue {name} cannot be replaced: {error}; choose another EPLB_SESSION"
+                f"doorbell {name} cannot be replaced: {error.strerror}; choose another EPLB_SESSION"
             ) from error
         try:
             # crash point: bell.create.replaced
-            queue = posix_ipc.MessageQueue(
-                name, posix_ipc.O_CREX, mode=0o600, max_messages=4, max_message_size=1
-            )
-        except (OSError, posix_ipc.Error) as error:
-            raise LimitError(queue_trouble(name, error)) from error
-        # crash point: bell.create.made
-        return cls(queue, owner=True)
+            os.mkfifo(path, 0o600)
+            # crash point: bell.create.made
+            return cls(name, _open(name), owner=True)
+        except (OSError, SegmentError) as error:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            if isinstance(error, SegmentError):
+                raise
+            raise LimitError(bell_trouble(name, error)) from error
 
     @classmethod
     def open(cls, name: str) -> Doorbell:
-        """Attach for reading; SegmentError if there is none."""
+        """Attach for reading; SegmentError if there is none, or it is not a FIFO of this user."""
         try:
-            queue = posix_ipc.MessageQueue(name, read=True, write=False)
-        except (OSError, posix_ipc.Error) as error:
-            raise SegmentError(f"message queue {name} cannot be opened: {error}") from error
-        return cls(queue, owner=False)
+            return cls(name, _open(name), owner=False)
+        except OSError as error:
+            why = "it is no FIFO; remove it" if error.errno in NO_FILE else error.strerror
+            raise SegmentError(f"doorbell {name} cannot be opened: {why}") from error
 
     @property
     def descriptor(self) -> int:
         """Readable while a bell waits: give it to `loop.add_reader`."""
-        return self._queue.mqd
+        return self._descriptor
 
     def ring(self) -> None:
-        """Wake the planner; does nothing if a wake-up is due already."""
-        try:
-            self._queue.send(_RING)
-        except posix_ipc.BusyError:  # full: a bell is there already
+        """Wake the planner; does nothing if so many wake-ups are due that the FIFO is full."""
+        try:  # contextlib.suppress takes as long as the rest
+            os.write(self._descriptor, _RING)
+        except BlockingIOError:
             return
 
     def drain(self) -> int:
         """Take all bells; returns how many there were."""
         bells = 0
-        while True:
-            try:
-                self._queue.receive()
-            except posix_ipc.BusyError:
-                return bells
-            bells += 1
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken = len(os.read(self._descriptor, _AT_ONCE))
+                bells += taken
+                if taken < _AT_ONCE:
+                    break
+        return bells
 
     def close(self) -> None:
-        """Close this end; the owner unlinks the name."""
+        """Close this end; the owner unlinks the name. Safe to call twice."""
         if self._owner:
             # crash point: bell.close.begin
-            with contextlib.suppress(posix_ipc.ExistentialError):
-                self._queue.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_path(self._name))
             # crash point: bell.close.unlinked
             self._owner = False
-        try:
-            self._queue.close()
-        except posix_ipc.ExistentialError:
-            pass
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def is_bell_of_ours(name: str) -> bool:
+    """Whether there is a FIFO of this user by the name."""
+    try:
+        status = os.lstat(_path(name))
+    except FileNotFoundError:
+        return False
+    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def _path(name: str) -> str:
+    return "/dev/shm" + name
+
+
+def _open(name: str) -> int:
+    """A descriptor of the FIFO `name`, made by flash_eplb for this user; SegmentError if not so."""
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(_path(name), flags)
+    status = os.fstat(descriptor)
+    why = ""
+    if not stat.S_ISFIFO(status.st_mode):
+        why = "it is no FIFO; remove it"
+    elif status.st_uid != os.geteuid():
+        why = f"it belongs to user id {status.st_uid}, not to {os.geteuid()}"
+    elif stat.S_IMODE(status.st_mode) != 0o600:
+        why = wrong_mode(status.st_mode)
+    if why:
+        os.close(descriptor)
+        raise SegmentError(f"doorbell {name} cannot be opened: {why}")
+    return descriptor

@@ -9,9 +9,6 @@ import sys
 
 from .liveness import SegmentError
 
-QUEUE_BYTES = 388
-"""What Linux charges a user for a doorbell: 4 messages of 1 byte, and 48 + 48 for each slot."""
-
 _ENLARGE = "docker run --shm-size=1g, mount -o remount,size=1G /dev/shm"
 
 
@@ -77,39 +74,23 @@ def check_files(more: int, what: str) -> None:
     )
 
 
-def queue_trouble(name: str, error: Exception) -> str:
-    """What to say when message queue `name` could not be made.
-
-    posix_ipc gives texts and no numbers, and EMFILE means either of two limits.
-    """
-    text = str(error)
-    if ("files open" in text and _files_left() > 0) or _errno(error) == errno.ENOMEM:
-        limit = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
-        return (
-            f"message queue {name} cannot be made: it takes {QUEUE_BYTES} bytes, and the queues of "
-            f"this user may take {limit} (RLIMIT_MSGQUEUE); raise it with `ulimit -q 819200`, or "
-            "remove leftovers with `eplb clean`"
-        )
-    if "Insufficient space" in text or _errno(error) == errno.ENOSPC:
-        return (
-            f"message queue {name} cannot be made: the host has as many as it may "
-            f"(fs.mqueue.queues_max is {_queues_max()}); raise it with "
-            "`sysctl fs.mqueue.queues_max=1024`, or remove leftovers with `eplb clean`"
-        )
-    if "files open" in text or _errno(error) in (errno.EMFILE, errno.ENFILE):
+def bell_trouble(name: str, error: OSError) -> str:
+    """What to say when the FIFO of doorbell `name` could not be made."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
-            f"message queue {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is "
+            f"doorbell {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is "
             f"{limit}); raise it with `ulimit -n {2 * limit}`"
         )
+    if error.errno == errno.ENOSPC:
+        return (
+            f"doorbell {name} cannot be made: /dev/shm has {os.statvfs('/dev/shm').f_favail} files "
+            f"and {_mib(free_bytes())} free; enlarge it ({_ENLARGE})"
+        )
     return (
-        f"message queue {name} cannot be made: {error}; does the kernel have POSIX message queues, "
-        "and does the container's seccomp profile allow mq_open?"
+        f"doorbell {name} cannot be made in /dev/shm: {error.strerror}; does the container's "
+        "security profile allow mkfifo?"
     )
-
-
-def _errno(error: Exception) -> int | None:
-    return getattr(error, "errno", None)
 
 
 def _files_left() -> int:
@@ -121,14 +102,6 @@ def _files_left() -> int:
         return max(0, limit - len(os.listdir("/proc/self/fd")) + 1)  # one was for this look
     except OSError:  # not even one more for it
         return 0
-
-
-def _queues_max() -> str:
-    try:
-        with open("/proc/sys/fs/mqueue/queues_max") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown"
 
 
 def _mib(size: int) -> str:

@@ -7,7 +7,8 @@ import fcntl
 import os
 import stat
 
-_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a directory, a socket
+NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""How a link, a directory and a socket refuse to be opened."""
 
 
 class SegmentError(Exception):
@@ -65,7 +66,7 @@ def open_fd(name: str, writable: bool) -> int:
     except PermissionError as error:
         raise SegmentError(_forbidden(name, error)) from error
     except OSError as error:
-        if error.errno in _NO_FILE:
+        if error.errno in NO_FILE:
             raise SegmentError(_no_file(name)) from error
         raise SegmentError(f"shared memory {name} cannot be opened: {error.strerror}") from error
     if stat.S_ISREG(os.fstat(fd).st_mode):

@@ -2,7 +2,7 @@
 
     /eplb.<session>.rank.<ep rank>    a worker's segment (rank_segment.py)
     /eplb.<session>.planner           held by the living planner; it carries nothing else
-    /eplb.<session>.bell              message queue, owned by EP rank 0
+    /eplb.<session>.bell              FIFO, owned by EP rank 0
     /eplb.<session>.lock              exists only while names are created or removed
 
 This module imports nothing heavy: vLLM loads the configuration, and so this, in every process.
@@ -33,5 +33,5 @@ def planner_name(session: str) -> str:
 
 
 def bell_name(session: str) -> str:
-    """Name of the doorbell's message queue."""
+    """Name of the doorbell's FIFO."""
     return f"/eplb.{session}.bell"

@@ -37,8 +37,8 @@ from .liveness import (
 )
 from .session import remove_dead, session_lock
 
-LAYOUT = 5
-"""Version of everything that lies in a segment; a reader of another one refuses it."""
+LAYOUT = 6
+"""Version of everything that lies in a segment or beside it; a reader of another one refuses it."""
 
 _MAGIC = int.from_bytes(b"FLSHEPLB", "little")
 _PREAMBLE = struct.Struct("<QIIIIqI")  # magic, layout, header bytes, uid, pid, generation, crc

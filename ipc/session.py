@@ -8,8 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 
-import posix_ipc
-
+from .doorbell import is_bell_of_ours
 from .liveness import SegmentError, owner_is_alive
 from .names import bell_name, rank_name
 
@@ -74,25 +73,24 @@ def sessions() -> list[str]:
 
 
 def segment_names(session: str) -> list[str]:
-    """Segments of `session`, the lock aside."""
+    """Segments of `session`; its lock and its doorbell are none."""
     prefix = f"eplb.{session}."
     return sorted(
         "/" + entry
         for entry in os.listdir("/dev/shm")
-        if entry.startswith(prefix) and not entry.endswith(".lock")
+        if entry.startswith(prefix) and not entry.endswith((".lock", ".bell"))
     )
 
 
 def dead_names(session: str) -> list[str]:
-    """What dead owners of `session` left: its queue and segments; another user's are passed over.
+    """What dead owners of `session` left: doorbell and segments; another user's are passed over.
 
-    The queue comes first: it is found only by its name, so a cleaner that dies in between must
-    leave segments by which the next one finds the session.
+    The doorbell has no lock of its own: its owner makes it after the segment of rank 0 and removes
+    it before. So it comes first, and what a cleaner that dies in between leaves can be told dead.
     """
     dead = [name for name in segment_names(session) if not _may_live(name)]
     bell = bell_name(session)
-    # Its owner makes it after the segment of rank 0 and removes it before.
-    if not _may_live(rank_name(session, 0)) and _is_queue_of_ours(bell):
+    if not _may_live(rank_name(session, 0)) and is_bell_of_ours(bell):
         return [bell, *dead]
     return dead
 
@@ -105,26 +103,12 @@ def _may_live(name: str) -> bool:
         return True
 
 
-def _is_queue_of_ours(name: str) -> bool:
-    try:
-        queue = posix_ipc.MessageQueue(name, read=True, write=False)
-    except (OSError, posix_ipc.Error):  # there is none, or none of ours, or there never is any
-        return False
-    ours = os.fstat(queue.mqd).st_uid == os.geteuid()
-    queue.close()
-    return ours
-
-
 def remove_dead(session: str) -> list[str]:
     """Unlink what dead owners of `session` left and return the names. Call it under the lock."""
     removed = []
-    bell = bell_name(session)
     for name in dead_names(session):
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            if name == bell:
-                posix_ipc.unlink_message_queue(name)
-            else:
-                posix_ipc.unlink_shared_memory(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("/dev/shm" + name)
             removed.append(name)
         # crash point: remove.name
     return removed

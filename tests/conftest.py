@@ -4,11 +4,8 @@ import signal
 import subprocess
 import sys
 
-import posix_ipc
 import pytest
 from hypothesis import settings
-
-from flash_eplb.ipc.names import bell_name
 
 # Compiling a kernel at its first call takes a second, so no example has a deadline.
 settings.register_profile("flash_eplb", deadline=None)
@@ -33,14 +30,6 @@ def _segments(prefix):
     return sorted(entry for entry in os.listdir("/dev/shm") if entry.startswith(f"eplb.{prefix}"))
 
 
-def _has_bell(session):
-    try:
-        posix_ipc.unlink_message_queue(bell_name(session))
-    except posix_ipc.ExistentialError:
-        return False
-    return True
-
-
 @pytest.fixture
 def session():
     """A session of the test's own; nothing of it may be left afterwards."""
@@ -49,8 +38,6 @@ def session():
     left = _segments(f"{name}.")
     for entry in left:
         os.unlink(f"/dev/shm/{entry}")
-    if _has_bell(name):
-        left.append(bell_name(name))
     assert not left
 
 

@@ -279,9 +279,9 @@ def test_clean_removes_the_lock_of_a_killed_holder(session):
     assert not os.path.exists(lock)
 
 
-def test_clean_removes_a_queue_whose_segment_is_gone_if_it_is_told_the_session(session):
+def test_clean_removes_a_doorbell_whose_segment_is_gone(session):
     bell = Doorbell.create(bell_name(session))
-    assert session not in sessions()
+    assert session in sessions()
     result = eplb("clean", "--session", session, "--dry-run")
     assert result.stdout == f"would remove {bell_name(session)}\n"
     result = eplb("clean", "--session", session)

@@ -121,7 +121,7 @@ def leave(session: str, generation: int = 7) -> None:
 
 
 def has_bell(session: str) -> bool:
-    """Whether the session has a message queue."""
+    """Whether the session has a doorbell."""
     try:
         Doorbell.open(bell_name(session)).close()
     except SegmentError:

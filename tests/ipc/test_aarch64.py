@@ -118,7 +118,27 @@ def aarch64_code(kernel, cpu):
     assembly = machine.emit_assembly(module)
     start = assembly.index(f"\n{name}:")
     body = assembly[start : assembly.index(".Lfunc_end0", start)].splitlines()[2:]
-    return code, [line.split("//")[0].strip() for line in body if not line.startswith("\t.")]
+    lines = [line.split("//")[0].strip() for line in body if not line.startswith("\t.")]
+    return code, with_stack_named(lines)
+
+
+def with_stack_named(lines):
+    """`lines`, with sp for a register that holds the address of the stack.
+
+    Beside scalable vectors, of which there are some where the host's vectors are wide, arguments
+    are read so: `addvl x8, sp, #2`, then `ldr x9, [x8, #248]`.
+    """
+    named, stack = [], set()
+    for line in lines:
+        named.append(re.sub(r"\[(x\d+)", lambda m: "[sp" if m[1] in stack else m[0], line))
+        written = re.match(r"(?!st|cmp|cbn?z|tbn?z)\w+\s+(x\d+)", line)
+        if line.endswith(":"):
+            stack.clear()
+        elif re.match(r"addvl\s+x\d+, sp", line):
+            stack.add(written[1])
+        elif written:
+            stack.discard(written[1])
+    return named
 
 
 def event(line, writes):

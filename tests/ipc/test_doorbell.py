@@ -1,6 +1,6 @@
 import asyncio
+import fcntl
 import os
-import resource
 import select
 import threading
 
@@ -51,12 +51,13 @@ def test_a_ring_before_the_planner_opens_it_is_seen(name):
     worker.close()
 
 
-@pytest.mark.parametrize("rings", [1, 2, 3, 4, 5, 1000])
+@pytest.mark.parametrize("rings", [1, 2, 5, 4096, 4097, 100_000])
 def test_rings_that_nobody_takes_never_block(ends, rings):
     worker, planner = ends
+    room = fcntl.fcntl(worker.descriptor, fcntl.F_GETPIPE_SZ)
     for _ in range(rings):
         worker.ring()
-    assert planner.drain() == min(rings, 4)
+    assert planner.drain() == min(rings, room)
     worker.ring()
     assert planner.drain() == 1
 
@@ -113,7 +114,7 @@ def test_the_owner_removes_it_and_may_close_twice(name):
     Doorbell.open(name).close()
     worker.close()
     worker.close()
-    with pytest.raises(SegmentError, match=f"message queue {name} cannot be opened: "):
+    with pytest.raises(SegmentError, match=f"doorbell {name} cannot be opened: No such file"):
         Doorbell.open(name)
 
 
@@ -134,13 +135,45 @@ def test_only_the_user_may_open_it(ends):
     assert os.fstat(ends[0].descriptor).st_mode & 0o777 == 0o600
 
 
-def test_without_message_queues_the_limit_is_named(name):
-    limits = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
-    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, limits[1]))
+def leave_file(path):
+    with open(path, "w") as file:
+        file.write("something")
+
+
+@pytest.mark.parametrize(
+    ("leave", "why"),
+    [
+        (leave_file, "it is no FIFO; remove it"),
+        (lambda path: os.symlink("/dev/null", path), "it is no FIFO; remove it"),
+        (os.mkdir, "it is no FIFO; remove it"),
+        (lambda path: os.mkfifo(path, 0o400), r"its mode is 0400, ours is 0600; remove it|denied"),
+    ],
+)
+def test_a_stranger_of_its_name_is_refused(name, leave, why):
+    path = f"/dev/shm{name}"
+    leave(path)
+    descriptors = len(os.listdir("/proc/self/fd"))
     try:
-        with pytest.raises(
-            SegmentError, match=f"^message queue {name} cannot be made: .*ulimit -q"
-        ):
+        with pytest.raises(SegmentError, match=f"^doorbell {name} cannot be opened: .*({why})"):
+            Doorbell.open(name)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+    finally:
+        os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def test_a_folder_of_its_name_is_not_replaced(name):
+    os.mkdir(f"/dev/shm{name}")
+    try:
+        with pytest.raises(SegmentError, match=f"^doorbell {name} cannot be replaced: .*directory"):
             Doorbell.create(name)
     finally:
-        resource.setrlimit(resource.RLIMIT_MSGQUEUE, limits)
+        os.rmdir(f"/dev/shm{name}")
+
+
+def test_the_planner_is_not_woken_for_ever_by_a_worker_that_died(name):
+    worker = Doorbell.create(name)
+    planner = Doorbell.open(name)
+    worker.close()
+    assert not waits(planner)
+    assert planner.drain() == 0
+    planner.close()

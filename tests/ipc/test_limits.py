@@ -1,14 +1,12 @@
 import errno
 import os
-import re
 import resource
 from types import SimpleNamespace
 
 import pytest
 
-from flash_eplb.ipc import limits
 from flash_eplb.ipc.doorbell import Doorbell
-from flash_eplb.ipc.limits import LimitError, check_files, check_memory, queue_trouble
+from flash_eplb.ipc.limits import LimitError, check_files, check_memory
 from flash_eplb.ipc.names import bell_name
 
 MIB = 2**20
@@ -84,56 +82,34 @@ def test_too_few_files_are_refused_with_the_numbers(limit):
     )
 
 
-def test_the_limit_of_a_users_queues_is_told_apart_from_that_of_files(limit, name):
-    limit(resource.RLIMIT_MSGQUEUE, 100)
+def test_a_doorbell_for_which_no_file_is_left_names_the_limit(name, limit):
+    used = os.dup(0)  # the lowest number that is free
+    os.close(used)
+    limit(resource.RLIMIT_NOFILE, used)
     with pytest.raises(LimitError) as error:
         Doorbell.create(name)
     assert str(error.value) == (
-        f"message queue {name} cannot be made: it takes 388 bytes, and the queues of this user may "
-        "take 100 (RLIMIT_MSGQUEUE); raise it with `ulimit -q 819200`, or remove leftovers with "
-        "`eplb clean`"
+        f"doorbell {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is {used}); "
+        f"raise it with `ulimit -n {2 * used}`"
     )
 
 
-def test_a_queue_takes_the_bytes_that_are_told(start, session):
-    # As a user of its own: the queues of others would count, too.
-    script = start(BARE_USER, session, limits.QUEUE_BYTES - 1, limits.QUEUE_BYTES)
-    assert script.line() == "LimitError"
-    assert script.line() == "made"
-
-
-BARE_USER = """
-import os
-import resource
-import sys
-from flash_eplb.ipc.doorbell import Doorbell
-from flash_eplb.ipc.limits import LimitError
-from flash_eplb.ipc.names import bell_name
-
-if os.geteuid() == 0:
-    os.setuid(54321)
-for bytes_ in map(int, sys.argv[2:]):
-    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (bytes_, 819200))
-    try:
-        Doorbell.create(bell_name(sys.argv[1])).close()
-        print("made", flush=True)
-    except LimitError:
-        print("LimitError", flush=True)
-"""
-
-
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("number", "text"),
     [
-        (OSError("Insufficient space for a new queue"), r"fs\.mqueue\.queues_max is \w+\)"),
-        (OSError(errno.ENOSPC, "x"), r"raise it with `sysctl fs\.mqueue\.queues_max=1024`"),
-        (OSError(errno.EMFILE, "x"), r"RLIMIT_NOFILE is \d+\); raise it with `ulimit -n \d+`"),
-        (OSError(errno.ENOSYS, "Function not implemented"), "does the kernel have POSIX message"),
+        (errno.ENOSPC, r"/dev/shm has \d+ files and [\d.]+ MiB free; enlarge it \(docker run"),
+        (errno.EPERM, r" in /dev/shm: Operation not permitted; .* allow mkfifo\?"),
     ],
 )
-def test_each_trouble_with_queues_has_its_remedy(error, text):
-    assert re.search(text, queue_trouble("/eplb.x.bell", error))
+def test_each_trouble_with_the_doorbell_has_its_remedy(monkeypatch, name, number, text):
+    def refuse(path, mode):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkfifo", refuse)
+    with pytest.raises(LimitError, match=f"^doorbell {name} cannot be made.*{text}"):
+        Doorbell.create(name)
 
 
-def test_queues_that_could_be_made_leave_nothing(name):
+def test_without_message_queues_there_is_a_doorbell_all_the_same(limit, name):
+    limit(resource.RLIMIT_MSGQUEUE, 0)
     Doorbell.create(name).close()

@@ -96,9 +96,12 @@ def test_another_users_leftovers_are_named_and_left_alone(session, start):
             "65534; choose another EPLB_SESSION"
         )
     assert "exists already" in said["create"]
-    assert said["open bell"].startswith(f"SegmentError: message queue /eplb.{session}.bell cannot")
-    assert said["create bell"].startswith(
-        f"SegmentError: message queue /eplb.{session}.bell cannot be replaced"
+    assert said["open bell"] == (
+        f"SegmentError: doorbell /eplb.{session}.bell cannot be opened: Permission denied"
+    )
+    assert said["create bell"] == (
+        f"SegmentError: doorbell /eplb.{session}.bell cannot be replaced: Operation not permitted; "
+        "choose another EPLB_SESSION"
     )
     assert said["lock"].startswith(f"SegmentError: the lock of session '{session}x' ")
     assert json.loads(script.line()) == [f"/eplb.{session}.bell", f"/eplb.{session}.rank.0"]
