@@ -104,8 +104,7 @@ def round_identity(record: bytes) -> int:
 def record_limit(shape: GroupShape) -> int:
     """Bytes that the longest round of this group needs."""
     moves = min(shape.staging_rows * shape.ranks, shape.layers * shape.columns)
-    changed = shape.layers if shape.routes_by_source else min(moves, shape.layers)
-    return 128 + moves * MOVE.itemsize + changed * (4 + 2 * shape.columns)
+    return 128 + moves * MOVE.itemsize + shape.layers * (4 + 2 * shape.columns)
 
 
 def check_round(round_: Round, shape: GroupShape, placement: np.ndarray) -> np.ndarray:

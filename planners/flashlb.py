@@ -16,14 +16,13 @@ from itertools import product
 import numpy as np
 
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
+from .columns import Columns, divided_par
 from .efforts import EFFORTS, effort_of
 from .forecast import DOUBT, forecast
 from .memory import MERGED, Memory, is_alike
 from .plan import Plan, align_all, make_plan, plan_between
 from .promises import Promises, hoped
-from .routing import weigh_layer
 from .search import Terms, measure, search_layers
-from .senders import Senders, divided_par, even_senders
 from .window import Offer, Window
 
 EVERY_LAYER_PRICE = 0.001
@@ -31,6 +30,9 @@ EVERY_LAYER_PRICE = 0.001
 
 FIRST_SHARE = 0.03
 """Share of the price of moves that a layer without a promise pays: its plan gains for long."""
+
+FAR = 3.0
+"""Times the price of moves that a layer with a promise pays if all is placed anew."""
 
 BEYOND_NOISE = 2.0
 """Standard errors above `min_gain` that a gain must be where counts are largely chance; twice as
@@ -119,7 +121,9 @@ class FlashLB:
         self._memory = Memory(amount("half_life", half_life))
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
-        self._senders = Senders(self._spread) if routing == "by_source" else None
+        self._division = None
+        if routing != "uniform":
+            self._division = Columns(self.max_columns, routing == "by_source", self._spread)
 
     def plan(
         self,
@@ -154,8 +158,8 @@ class FlashLB:
             shown = self._measure(tokens, today, columns=self._columns)[0]
         before: np.ndarray = now
         rerouted = np.empty(0, np.int64)
-        if self._senders is not None:
-            rerouted = self._senders.rerouted(window, shown, self.min_excess, self.min_gain)
+        if self._division is not None:
+            rerouted = self._division.rerouted(window, shown, self.min_excess, self.min_gain)
         if len(rerouted):  # that is free, so what moves has to win more
             before, error = self._measure(window.tokens, today, columns=window.columns)
         due = np.flatnonzero(before > 1)
@@ -164,12 +168,12 @@ class FlashLB:
         if not room or self.ranks == 1:
             due = due[:0]
         slots = self.ranks * self.slots_per_rank
-        near = not every_layer or room < slots or bool(window.kept.any())
         terms = Terms(
             price=(EVERY_LAYER_PRICE if every_layer else self.move_price) / slots,
-            most_moves=min(room, slots),
+            far_price=0.0,
+            most_moves=slots,
             scratch=True,
-            today=near,
+            today=True,
             max_columns=0 if self.routing == "uniform" else self.max_columns,
             by_source=self.routing == "by_source",
         )
@@ -178,7 +182,7 @@ class FlashLB:
             offers = [offer for offer in offers if offer.gain >= self.min_gain]
             offers = self._confirmed(window, offers, terms)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
-        self._promises.remember(offers, taken, room < slots, every_layer)
+        self._promises.remember(offers, taken, every_layer)
         return self._plan(window, shown, before, taken, rerouted)
 
     def forget(self) -> None:
@@ -226,14 +230,13 @@ class FlashLB:
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
         picked = np.array(sorted(taken), np.int64)
-        if self._senders is not None:
+        if self._division is not None:
             columns = window.columns.copy()
-            columns[picked] = self._senders.planned(window.tokens, wanted[picked], picked)
-            self._columns = columns
+            columns[picked] = self._division.planned(window.tokens, wanted[picked], picked)
+            after[picked] = self._measure(window.tokens, wanted[picked], picked, columns[picked])[0]
+            self._columns = columns.copy()
         if window.noise.any():
             after = self._measure(window.seen, wanted, columns=columns)[0]
-        if self.routing == "weighted":
-            self._weigh(window.seen, wanted, columns, after)
         self._planned = wanted.copy()
         others = [layer for layer in rerouted.tolist() if layer not in taken]
         near = self.ranks_per_node
@@ -245,8 +248,8 @@ class FlashLB:
             self._planned = np.full_like(today, -1)
             self._columns = np.ones(today.shape, np.int16)
         kept = (self._planned == today).all(axis=(1, 2))
-        if self._senders is not None:
-            self._columns[~kept] = even_senders(today)[~kept]
+        if self._division is not None:
+            self._columns[~kept] = self._division.initial(today[~kept])
         self._promises.keep(kept)
         return kept
 
@@ -314,14 +317,19 @@ class FlashLB:
     def _fitting(
         self, window: Window, before: np.ndarray, offers: list[Offer], terms: Terms, room: int
     ) -> Iterator[Offer]:
-        """The offers that fit `room` moves and max_layers, and parts of some that do not fit."""
+        """The offers that fit `room` moves and max_layers, and parts of some that do not fit.
+
+        A part must win its share of min_gain.
+        """
         layers, tries = 0, PARTS
         for offer in offers:
             parts = [offer]
             if offer.moves > room:
-                near = terms._replace(most_moves=room, scratch=False, today=True)
+                near = terms._replace(most_moves=room, scratch=False)
                 chosen = np.array([offer.layer] if room and tries else [], np.int64)
+                least = 0.0 if window.anew else self.min_gain / offer.moves
                 parts = self._offers(window, before, chosen, near)
+                parts = [part for part in parts if part.gain >= least * part.moves]
                 tries -= 1
             for part in parts:
                 if layers == self.max_layers:
@@ -336,16 +344,18 @@ class FlashLB:
         """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
         found = np.empty((len(layers), self.ranks, self.slots_per_rank), np.int32)
         moves = np.empty(len(layers), np.int64)
-        for settled, alike in product((False, True), repeat=2):
-            mine = (window.settled[layers] == settled) & (window.alike[layers] == alike)
+        for kept, settled, alike in product((False, True), repeat=3):
+            mine = (window.kept[layers] == kept) & (window.settled[layers] == settled)
+            mine &= window.alike[layers] == alike
             if not mine.any():
                 continue
             heat, weights = window.with_past() if alike else window.alone()
             price = terms.price * (1 if settled else FIRST_SHARE)
+            far_price = price * (FAR if settled and not window.anew else 1)
             search = partial(search_layers, heat, weights, window.today)
             effort = effort_of(self.effort, self.ranks * self.slots_per_rank, len(heat))
-            scratch = terms.scratch and (window.anew or not settled)
-            rest = (effort, terms._replace(price=price, scratch=scratch))
+            today = kept or not window.anew or not terms.scratch  # else it is new altogether
+            rest = (effort, terms._replace(price=price, far_price=far_price, today=today))
 
             def work(part: np.ndarray, search=search, rest=rest) -> None:
                 found[part], moves[part] = search(layers[part], *rest)
@@ -363,8 +373,8 @@ class FlashLB:
         """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None;
         with `columns`[i] where a rank has one replica."""
         layers = np.arange(tokens.shape[1]) if layers is None else layers
-        if self._senders is not None and columns is not None:
-            return self._senders.measure(tokens, placement, layers, columns)
+        if self._division is not None and columns is not None:
+            return self._division.measure(tokens, placement, layers, columns)
         par = np.empty((2, len(layers)))
 
         def work(part: np.ndarray) -> None:
@@ -387,27 +397,9 @@ class FlashLB:
         self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray
     ) -> np.ndarray:
         """int16[n, R, S], with which placements of `layers` are measured."""
-        if self._senders is None:
+        if self._division is None:
             return np.ones(placement.shape, np.int16)
-        return self._senders.planned(tokens, placement, layers)
-
-    def _weigh(
-        self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray, par: np.ndarray
-    ) -> None:
-        """Fill `columns`, and set `par` to what they reach."""
-
-        def work(part: np.ndarray) -> None:
-            for layer in part:
-                par[layer] = weigh_layer(
-                    tokens,
-                    layer,
-                    placement[layer],
-                    self.max_columns,
-                    False,
-                    columns[layer],
-                )
-
-        self._spread(work, np.arange(len(par)))
+        return self._division.planned(tokens, placement, layers)
 
 
 def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:

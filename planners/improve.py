@@ -45,7 +45,7 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
     room = most_moves - moved(layer)
     desk = new_desk(layer, partners, checks)
     swaps = 0
-    even_out(layer, price, room)
+    even_out(layer, price, room, 0.0)
     room = most_moves - moved(layer)
     for _ in range(sweeps):
         measure_all(layer, heaviest)
@@ -74,7 +74,7 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
                     measure_rank(layer.top, layer.loads, layer.harm, layer.head, changed, heaviest)
                 lay_out_again(layer, others, rank, other, desk)
         if steps + swaps == 0:
-            if even_out(layer, price, room) == 0:
+            if even_out(layer, price, room, 0.0) == 0:
                 return
             room = most_moves - moved(layer)
 
@@ -166,14 +166,22 @@ def _hottest(saved, bar):
 
 @njit(**FAST)
 def _saved(layer):
-    """float32[E]: what one more replica of an expert wins on the ranks that are the peak."""
-    counts, top, at = layer.counts, layer.top, layer.at
+    """float32[E]: what one more replica of an expert wins on the ranks that are the peak.
+
+    Where the next ranks hold the expert, too, they are relieved as well. Beyond the third nothing
+    is known: the exact gain has to tell.
+    """
+    counts, top, at, held = layer.counts, layer.top, layer.at, layer.held
     saved = np.zeros(len(counts), np.float32)
     for t in range(layer.heat.shape[1]):
+        second, third = at[1, t], at[2, t]
         for expert in layer.placement[at[0, t]]:
             if counts[expert] < len(layer.placement):
                 less = layer.heat[expert, t] * layer.share[expert] / (counts[expert] + 1)
-                next_too = at[1, t] >= 0 and layer.held[at[1, t], expert]
-                margin = top[0, t] - (top[2, t] if next_too else top[1, t])
+                margin = top[0, t] - top[1, t]
+                if second >= 0 and held[second, expert]:
+                    margin = top[0, t] - top[2, t]
+                    if third >= 0 and held[third, expert]:
+                        margin = less
                 saved[expert] += less if less < margin else margin
     return saved

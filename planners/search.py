@@ -14,6 +14,7 @@ from .place import place
 from .relabel import relabel
 from .routing import LEAST, weigh, weigh_sources
 from .scale import peaks_of, scale_heat, shortened, without_bursts
+from .swaps import even_out
 
 SCORED = 8
 """Stretches of episodes on which vectors of replica counts are compared."""
@@ -27,6 +28,9 @@ STRONGEST = 24
 
 WEIGHTED_STRONGEST = 4
 """The same where routing is planned: there small steps lead on where `improve` does not."""
+
+SHARES = (0.75, 0.5, 0.25, 0.125)
+"""How much of the excess of mean loads remains after each step that evens out many ranks."""
 
 RACE = 3
 """Sweeps by which placements from scratch are compared."""
@@ -61,6 +65,7 @@ class Terms(NamedTuple):
 
     Attributes:
         price: PAR that one moved slot must win.
+        far_price: the same in a placement from scratch.
         most_moves: slots that may receive another expert.
         scratch: whether to look for placements from scratch.
         today: whether to look for placements near today's.
@@ -69,6 +74,7 @@ class Terms(NamedTuple):
     """
 
     price: float
+    far_price: float
     most_moves: int
     scratch: bool
     today: bool
@@ -142,7 +148,7 @@ def search_layers(heat, weights, placement, layers, effort, terms):
 @njit(**FAST)
 def _search(layer, today, effort, terms, found):
     settle(layer, today)
-    best = _worth(layer, terms)
+    best = _worth(layer, terms, terms.price)
     settle(layer, today)
     if terms.today:
         best = from_today(layer, effort, terms, best, found)
@@ -163,7 +169,12 @@ def from_today(layer, effort, terms, best, found):
         price = max(terms.price, excess / max(1, terms.most_moves) / divisor)
         price = price if divisor < 16 else terms.price
         _improve(layer, effort, price, terms.most_moves, effort.sweeps)
-    return _keep_better(layer, terms, best, found)
+    best = _keep_better(layer, terms, terms.price, best, found)
+    for share in SHARES:
+        even_out(layer, np.float32(0), terms.most_moves - moved(layer), share)
+        _improve(layer, effort, terms.price, terms.most_moves, effort.sweeps)
+        best = _keep_better(layer, terms, terms.far_price, best, found)
+    return best
 
 
 @njit(**FAST)
@@ -180,23 +191,23 @@ def _improve(layer, effort, price, most_moves, sweeps):
 
 
 @njit(**FAST)
-def _worth(layer, terms):
+def _worth(layer, terms, price):
     """PAR of the layer's placement, with planned routing if there is to be, plus price of moves."""
     moves = moved(layer)
     if terms.max_columns:
         columns = np.empty(layer.placement.shape, np.int16)
         least = np.float32(LEAST)
         if terms.by_source:
-            return weigh_sources(layer, columns, least) + terms.price * moves
-        return weigh(layer, terms.max_columns, columns, least) + terms.price * moves
-    return peak(layer) + terms.price * moves
+            return weigh_sources(layer, columns, least) + price * moves
+        return weigh(layer, terms.max_columns, columns, least) + price * moves
+    return peak(layer) + price * moves
 
 
 @njit(**FAST)
-def _keep_better(layer, terms, best, found):
+def _keep_better(layer, terms, price, best, found):
     """Take the layer's placement if it is worth more than `best`; what `found` is worth then."""
     if moved(layer) <= terms.most_moves:
-        worth = _worth(layer, terms)
+        worth = _worth(layer, terms, price)
         if worth < best:
             found[:] = layer.placement
             return worth
@@ -220,19 +231,19 @@ def from_scratch(layer, today, effort, terms, best, found):
             placement = relabel(placement, today, len(layer.counts))
         settle(layer, placement)
         if terms.max_columns:  # what is best with planned routing need not be so with uniform
-            best = _keep_better(layer, terms, best, found)
+            best = _keep_better(layer, terms, terms.far_price, best, found)
             settle(layer, placement)
         _improve(layer, effort, 0.0, ranks * slots, race)
         if len(vectors) == 1:
-            return _keep_better(layer, terms, best, found)
+            return _keep_better(layer, terms, terms.far_price, best, found)
         if peak(layer) + cautions[i] < lowest:
             lowest = peak(layer) + cautions[i]
             first[:] = layer.placement
         if terms.max_columns:
-            best = _keep_better(layer, terms, best, found)
+            best = _keep_better(layer, terms, terms.far_price, best, found)
     settle(layer, relabel(first, today, len(layer.counts)))
     _improve(layer, effort, 0.0, ranks * slots, effort.sweeps - RACE)
-    return _keep_better(layer, terms, best, found)
+    return _keep_better(layer, terms, terms.far_price, best, found)
 
 
 @njit(**FAST)
@@ -246,10 +257,10 @@ def kick(layer, effort, terms, best, found):
             _disturb(layer, np.int64(state >> np.uint64(1)))
         if terms.max_columns:
             placement = layer.placement.copy()
-            best = _keep_better(layer, terms, best, found)
+            best = _keep_better(layer, terms, terms.price, best, found)
             settle(layer, placement)
         _improve(layer, effort, terms.price, terms.most_moves, effort.sweeps)
-        best = _keep_better(layer, terms, best, found)
+        best = _keep_better(layer, terms, terms.price, best, found)
     return best
 
 

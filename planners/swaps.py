@@ -243,10 +243,12 @@ def _enter_best(layer, rank, slot, n, room, desk, filled, least):
 
 
 @njit(**FAST)
-def even_out(layer, price, room):
+def even_out(layer, price, room, share):
     """Swaps that bring the mean loads of two ranks together and make the PAR no worse; how many.
 
     Where many ranks are close to the peak no single swap wins much: these open the way to more.
+    Ranks are relieved whose mean load exceeds that of all by more than `share` of what the highest
+    does.
     """
     placement, home = layer.placement, layer.home
     ranks, slots = placement.shape
@@ -260,10 +262,14 @@ def even_out(layer, price, room):
             expert = placement[rank, slot]
             units[rank, slot] = layer.mean[expert] * layer.share[expert] * episodes
     order = np.argsort(-load)
+    level = load.sum() / ranks
+    level += np.float32(share) * (load[order[0]] - level)
     worth = np.empty(slots, np.float32)
     done = 0
     for i in range(ranks // 2):
         rank = order[i]
+        if load[rank] < level:
+            break
         for j in range(min(PARTNERS, ranks // 2)):
             other = order[ranks - 1 - j]
             gap = load[rank] - load[other]

@@ -5,7 +5,6 @@ import pytest
 from checker import assert_same, ratios
 from heats import initial, loosened, shuffled, stuck, window, zipf
 
-from flash_eplb.planners import flashlb
 from flash_eplb.planners.flashlb import FlashLB
 
 
@@ -168,20 +167,29 @@ def test_a_changed_plan_does_not_change_what_was_promised():
     assert not planner.plan(loosened(promised), promised)
 
 
-def test_placements_are_confirmed_with_uniform_routing_whatever_was_planned(monkeypatch):
-    # The columns of the plan before belong to another placement.
-    seen = []
-    ratios_of = flashlb._ratios
-
-    def spy(tokens, placement, columns):
-        seen.append(columns)
-        return ratios_of(tokens, placement, columns)
-
-    monkeypatch.setattr(flashlb, "_ratios", spy)
+@pytest.mark.parametrize("routing", ["weighted", "by_source"])
+def test_columns_of_a_placement_that_is_gone_are_not_relied_on(routing):
     rng = np.random.default_rng(5)
     heat, start = window(rng, zipf(rng, 3, 64, 1.2)) / 2, initial(3, 8, 9, 64)
-    planner = FlashLB(8, 9, routing="weighted")
-    assert (planner.plan(heat, start).columns > 1).any()
-    planner.plan(heat, start[:, ::-1])
-    assert len(seen) == 4
-    assert all((columns == 1).all() for columns in seen)
+    old, new = (FlashLB(8, 9, routing=routing) for _ in range(2))
+    assert (old.plan(heat, start).columns > 1).any()
+    ours, theirs = (planner.plan(heat, start[:, ::-1]) for planner in (old, new))
+    assert_same(ours, theirs)
+    assert len(ours.changed) == 3  # each of them gets columns that are known
+
+
+def test_weights_that_have_become_wrong_are_seen_and_replaced():
+    placement = np.array([[[0, 1], [0, 2], [0, 3], [0, 4]]])
+    skewed = np.array([[[800, 500, 100, 100, 100]]] * 16)
+    planner = FlashLB(4, 2, routing="weighted", min_gain=0.001, move_price=100)
+    first = planner.plan(skewed, placement)
+    assert (first.placement == placement).all()
+    assert len(set(first.columns[0, :, 0].tolist())) > 1
+    even = np.array([[[800, 100, 100, 100, 100]]] * 16)
+    stale = ratios(even, placement, first.columns)[0]
+    assert stale > 1.1
+    later = planner.plan(even, placement)
+    assert later.par_before[0] == pytest.approx(stale, abs=1e-4)
+    assert later.rerouted.tolist() == [0]
+    assert ratios(even, placement, later.columns)[0] == pytest.approx(1, abs=1e-3)
+    assert not planner.plan(even, placement)

@@ -30,10 +30,10 @@ def cases(draw, shape):
     return *heats, placement, (ranks, slots, experts)
 
 
-def assert_fit(plan, heat, today, most_columns):
+def assert_fit(plan, heat, today, most_columns, columns=None):
     experts = heat.shape[2]
     assert_leads(plan, today, experts)
-    assert_measured(plan, heat)
+    assert_measured(plan, heat, columns)
     for rows in (1, 3):
         assert_rounds(plan, rows, experts)
     if most_columns:
@@ -74,14 +74,15 @@ def planners(draw, ranks, slots, efforts):
 def check_two_plans(case, data, efforts):
     heat, later, placement, (ranks, slots, _) = case
     planner, most_columns, moves, layers = data.draw(planners(ranks, slots, efforts))
+    columns = None
     for tokens in (heat, later):
         limit, every_layer = data.draw(LIMITS), data.draw(st.booleans())
         plan = planner.plan(tokens, placement, every_layer, limit)
-        assert_fit(plan, tokens, placement, most_columns)
+        assert_fit(plan, tokens, placement, most_columns, columns)
         assert_bounded(plan, (moves, limit), layers)
         if not most_columns:
             assert (np.diff(gains_per_move(plan)) <= 1e-9).all()
-        placement = plan.placement
+        placement, columns = plan.placement, plan.columns
 
 
 @given(cases(shapes()), st.data())

@@ -36,11 +36,16 @@ def test_slots_that_are_away_from_home_may_stay_there(case, more):
     assert peaks(heat, layer.placement) <= peaks(heat, today) * (1 + 1e-5)
 
 
-@given(cases(), st.sampled_from([0, 0.01]), st.sampled_from([0, 2, 100]))
-def test_evening_out_makes_nothing_worse(case, price, room):
+@given(
+    cases(),
+    st.sampled_from([0, 0.01]),
+    st.sampled_from([0, 2, 100]),
+    st.sampled_from([0, 0.5, 1]),
+)
+def test_evening_out_makes_nothing_worse(case, price, room, share):
     heat, today = case
     layer = settled(heat, today)
-    even_out(layer, np.float32(price), room)
+    even_out(layer, np.float32(price), room, share)
     assert_consistent(layer)
     assert_valid(layer.placement[None], heat.shape[1])
     assert moved(layer.placement, today) <= room

@@ -14,6 +14,7 @@ from flash_eplb.planners.search import Terms, measure, search_layers
 def search(heat, placement, effort="balanced", **terms):
     """What is found for all layers, and the moves that it says this takes."""
     full = {"price": 0.0, "most_moves": placement[0].size, "scratch": True, "today": True}
+    terms.setdefault("far_price", terms.get("price", 0.0))
     weights = np.full(len(heat), 1 / len(heat), np.float32)
     layers = np.arange(len(placement))
     terms = Terms(**{**full, "max_columns": 0, "by_source": False, **terms})

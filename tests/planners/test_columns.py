@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_eplb.loaders.routing import chosen_replicas
+from flash_eplb.planners.columns import Columns, divided_par, even_senders
 from flash_eplb.planners.flashlb import FlashLB
-from flash_eplb.planners.senders import Senders, divided_par, even_senders
 
 
 @given(st.data())
@@ -19,7 +19,7 @@ def test_what_is_measured_is_what_the_ranks_do(data):
     placement = shuffled(np.random.default_rng(0), 2, ranks, slots, experts)
     layers = np.arange(2)
     even = even_senders(placement)
-    planned = Senders(lambda work, rows: work(rows)).planned(heat, placement, layers)
+    planned = Columns(1, True, lambda work, rows: work(rows)).planned(heat, placement, layers)
     for columns in (even, planned):
         measured = divided_par(heat, placement, layers, columns)
         np.testing.assert_allclose(measured, episode_ratios(heat, placement, columns), rtol=1e-6)

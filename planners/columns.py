@@ -1,7 +1,9 @@
-"""Where a rank sends all of its tokens for an expert to one replica: how many ranks send to each.
+"""Where the division of an expert's tokens among its replicas is planned: routing columns.
 
-Such a placement is as good as the division of the ranks that goes with it, so both are measured
-together; an even division among the replicas of an expert may be far from even among ranks.
+Such a placement is as good as the columns that go with it, so both are measured together, and what
+was planned for earlier heat may have to be divided anew although nothing moves. Where a rank sends
+all of its tokens for an expert to one replica (`by_source`), a column is a rank that sends, and an
+even division among the replicas of an expert may be far from even among ranks.
 """
 
 from __future__ import annotations
@@ -17,15 +19,26 @@ from .routing import even_columns, weigh_layer
 from .window import Window
 
 
-class Senders:
-    """What FlashLB asks of such an engine.
+class Columns:
+    """Plans and measures divisions.
 
     Args:
+        most: columns that an expert may have.
+        by_source: see `weigh_layer`.
         spread: calls a function with parts of an array of numbers, in threads.
     """
 
-    def __init__(self, spread: Callable[[Callable[[np.ndarray], None], np.ndarray], None]):
-        self._spread = spread
+    def __init__(
+        self,
+        most: int,
+        by_source: bool,
+        spread: Callable[[Callable[[np.ndarray], None], np.ndarray], None],
+    ):
+        self._most, self._by_source, self._spread = most, by_source, spread
+
+    def initial(self, placement: np.ndarray) -> np.ndarray:
+        """The division that an engine makes by itself, int16[layers, R, S]."""
+        return even_senders(placement) if self._by_source else np.ones(placement.shape, np.int16)
 
     def planned(self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray) -> np.ndarray:
         """The best division that is found, int16[n, R, S], for placements of some layers.
@@ -40,7 +53,7 @@ class Senders:
         def work(part: np.ndarray) -> None:
             for number in part:
                 layer, here = layers[number], columns[number]
-                weigh_layer(tokens, layer, placement[number], 1, True, here)
+                weigh_layer(tokens, layer, placement[number], self._most, self._by_source, here)
 
         self._spread(work, np.arange(len(layers)))
         return columns
