@@ -40,8 +40,8 @@ class Config(BaseSettings):
         pattern="^(all|prefill|decode)$",
         description="steps whose heat counts: all, those with prompt tokens, or those without",
     )
-    window_episodes: int = Field(64, ge=1, le=1024, description="episodes that a plan looks at")
-    min_episodes: int = Field(8, ge=1, le=1024, description="episodes before the first plan")
+    window_episodes: int = Field(64, ge=2, le=1024, description="episodes that a plan looks at")
+    min_episodes: int = Field(8, ge=2, le=1024, description="episodes before the first plan")
     plan_interval: int = Field(8, ge=1, le=4096, description="episodes between two plans")
     min_excess: float = Field(
         0.02, ge=0, le=100, description="layers with PAR - 1 below this are left alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -27,6 +28,8 @@ from .step_heat import StepHeat
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
+LONG_PLAN = 60.0
+"""Seconds after which a policy that still plans is reported."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class EngineLoop:
             checked, whoever wrote it.
         pace: when to plan.
         generation: of the planner, as it stands in the plan queues.
-        executor: one thread.
+        executor: of one plan at a time, in a thread.
         wake: called from that thread's completion, so that `turn` comes soon.
         ranks_per_node: consecutive ranks that share a node, from which experts are taken first;
             None if all do.
@@ -90,6 +93,7 @@ class EngineLoop:
         self._delivery: Delivery | None = None
         self._planning: Future[Proposal | None] | None = None
         self._planning_seconds = 0.0
+        self._hangs_at = math.inf
         self._planned_from = -1
         self._plans = 0
         self._sequence = 1
@@ -133,6 +137,13 @@ class EngineLoop:
             if self._planning.done():
                 self._send(self._planning.result())
                 self._planning = None
+            elif time.monotonic() > self._hangs_at:
+                self._hangs_at = math.inf
+                log.warning(
+                    "the policy has been planning for %.0f s; no other plan is made until it "
+                    "returns",
+                    LONG_PLAN,
+                )
         elif self._delivery is None and self._is_due():
             self._begin_plan()
 
@@ -204,11 +215,14 @@ class EngineLoop:
         self._planned_from = self._epoch
         self._plan_later()
         rows = self._group.free_rows()
+        if not rows:  # the last one has gone since it was asked for
+            return
         make: Callable[[], Proposal | None]
         if self._initial.wanted is None:
             make = partial(self._guard.propose, self._window.heat(), self._placement, rows)
         else:
             make = partial(self._guard.reach, self._initial.wanted, self._placement, rows)
+        self._hangs_at = time.monotonic() + LONG_PLAN
         self._planning = self._executor.submit(self._timed, make)
         self._planning.add_done_callback(lambda _: self._wake())
 

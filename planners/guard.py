@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..ipc.placement import check_placement
+from ..ipc.round import MOST_COLUMNS
 from .par import episode_par
 from .plan import Plan, PlannedRound, make_plan
 from .policy import Policy
@@ -51,7 +52,9 @@ class Guard:
         """
         try:
             found = self._policy.plan(heat.copy(), placement.copy())
-        except (Exception, SystemExit) as error:  # a policy that fails costs balance only
+        except (
+            BaseException
+        ) as error:  # a policy that fails, costs balance only
             text = "the policy failed; experts stay where they are until the next plan"
             log.log(self._level(error), text, exc_info=True)
             return None
@@ -61,6 +64,7 @@ class Guard:
         except (Exception, SystemExit) as error:
             text = "what the policy returned is refused, experts stay where they are: %s"
             log.log(self._level(error), text, error)
+            self.forget()
             return None
 
     def reach(self, wanted: np.ndarray, placement: np.ndarray, rows: int) -> Proposal:
@@ -80,8 +84,13 @@ class Guard:
     def forget(self) -> None:
         """The last plan was not carried out to its end: nothing of it may be relied on."""
         forget = getattr(self._policy, "forget", None)
-        if callable(forget):
+        if not callable(forget):
+            return
+        try:
             forget()
+        except BaseException as error:
+            text = "the policy failed to forget its last plan, which was not carried out"
+            log.log(self._level(error), text, exc_info=True)
 
     def _level(self, error: BaseException) -> int:
         lines = traceback.walk_tb(error.__traceback__)
@@ -142,9 +151,20 @@ def _is_sound(found: Plan, made: Plan) -> bool:
         np.array_equal(found.before, made.before)
         and np.array_equal(found.placement, made.placement)
         and np.array_equal(np.sort(found.layers), np.sort(made.layers))
-        and bool((found.columns > 0).all())
+        and _is_routable(found)
         and _names_layers(found.rerouted, np.setdiff1d(np.arange(len(made.before)), made.layers))
         and (near is None or (isinstance(near, int) and near > 0))
+    )
+
+
+def _is_routable(found: Plan) -> bool:
+    """Whether each expert has columns, and no more than the engine's tables can hold."""
+    if not (found.columns > 0).all():
+        return False
+    pairs = zip(found.placement, found.columns, strict=True)
+    return all(
+        np.bincount(placement.ravel(), columns.ravel()).max() <= MOST_COLUMNS
+        for placement, columns in pairs
     )
 
 

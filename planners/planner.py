@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
+from typing import Any
 
 from ..ipc.doorbell import Doorbell
 from ..ipc.limits import LimitError
@@ -34,6 +36,36 @@ _LOOK_FOR_ENGINE = 0.5
 _LOOK_AT_RANKS = 1.0
 _LOOKS_BEFORE_HINT = 120
 _LOOKS_BEFORE_REFUSAL = 10  # an engine that is just starting is not ready for a moment
+
+
+class _PlanThreads(Executor):
+    """Each call in a thread of its own, for which nothing waits when the process ends.
+
+    A policy that hangs would hold up the end of a ThreadPoolExecutor, and of the interpreter.
+    """
+
+    def __init__(self) -> None:
+        self._last = threading.Thread()
+
+    def submit(self, call: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                result = call(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._last = threading.Thread(target=run, name="eplb-plan", daemon=True)
+        self._last.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let a plan that is under way end, but for no more than a second."""
+        if self._last.ident is not None:
+            self._last.join(1.0)
 
 
 class Planner:
@@ -73,7 +105,7 @@ class Planner:
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="eplb-plan")
+        self._executor = _PlanThreads()
 
     def stop(self) -> None:
         """End `run` soon; safe to call from a signal handler of the loop."""
@@ -100,7 +132,7 @@ class Planner:
                 if self._exit_with_engine:
                     break
         finally:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown()
             self._release(lock)
         log.info("planner stopped")
 

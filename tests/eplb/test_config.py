@@ -44,8 +44,8 @@ DEFAULTS = {
 }
 RANGES = {
     "episode_steps": (1, 4096),
-    "window_episodes": (1, 1024),
-    "min_episodes": (1, 1024),
+    "window_episodes": (2, 1024),
+    "min_episodes": (2, 1024),
     "plan_interval": (1, 4096),
     "max_moves": (0, 10**6),
     "max_layers": (0, 10**6),

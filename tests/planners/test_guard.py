@@ -277,3 +277,42 @@ def test_the_planner_sends_nothing_invalid_and_serves_on(session, engine, log):
     assert len(errors) == 2
     assert "the policy failed" in errors[0]
     assert "layer 0: expert 0 stands twice on rank 0" in errors[1]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, SystemExit])
+def test_whatever_a_policy_raises_costs_balance_only(error, caplog):
+    def fail(*_):
+        raise error
+
+    assert Guard(Returning(fail)).propose(HEAT, BEFORE, 4) is None
+    assert "the policy failed; experts stay where they are" in caplog.text
+
+
+def test_a_policy_that_fails_to_forget_is_reported_and_does_no_harm(caplog):
+    class Stubborn(Returning):
+        def forget(self):
+            raise RuntimeError("I remember")
+
+    guard = Guard(Stubborn(lambda *_: WANTED))
+    guard.forget()
+    guard.forget()
+    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert error.getMessage().startswith("the policy failed to forget its last plan")
+    assert guard.propose(HEAT, BEFORE, 4) is not None
+
+
+def test_a_policy_whose_plan_is_refused_forgets_it():
+    forgotten = []
+
+    class Remembering(Returning):
+        def forget(self):
+            forgotten.append(True)
+
+    assert Guard(Remembering(lambda *_: BEFORE - 1)).propose(HEAT, BEFORE, 4) is None
+    assert forgotten == [True]
+
+
+def test_columns_that_no_table_can_hold_do_not_count():
+    plan = make_plan(BEFORE, WANTED, par_before=[3, 4], par_after=[1, 2])
+    wide = dataclasses.replace(plan, columns=np.full(BEFORE.shape, 2000, np.int16))
+    assert (checked_plan(wide, HEAT, BEFORE).columns == 1).all()

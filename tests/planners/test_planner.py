@@ -21,6 +21,7 @@ from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
 from flash_eplb.ipc.names import planner_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.ipc.status import Field, State
+from flash_eplb.planners import engine_loop
 from flash_eplb.planners.engine_loop import Pace
 from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.group import Group
@@ -410,3 +411,49 @@ def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypat
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert caplog.text.count("still no engine") == 1
+
+
+class Hanging:
+    """A policy that does not return from its first plan."""
+
+    def __init__(self, ranks, slots):
+        pass
+
+    def plan(self, heat, placement):
+        while True:
+            time.sleep(0.05)
+
+
+def test_a_policy_that_hangs_is_named_and_does_not_hold_up_the_end(
+    session, engine, caplog, monkeypatch
+):
+    monkeypatch.setattr(engine_loop, "LONG_PLAN", 0.2)
+    words = "the policy has been planning for 0 s; no other plan is made until it returns"
+    caplog.set_level(logging.WARNING)
+    ended = []
+
+    async def scenario():
+        async with planning(session, Hanging):
+            await until(engine, lambda: words in caplog.text)
+            await until(engine, lambda: not engine.steps % 200)
+            ended.append(time.monotonic())
+        ended.append(time.monotonic())
+
+    run(scenario())
+    assert caplog.text.count(words) == 1
+    assert ended[1] - ended[0] < 10
+
+
+def test_rows_that_vanish_before_a_plan_begins_are_no_fault_of_the_policy(
+    session, engine, caplog, monkeypatch
+):
+    asked = iter([4, 0] * 3)
+    monkeypatch.setattr(Group, "free_rows", lambda _: next(asked, 4))
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+
+    run(scenario())
+    assert next(asked, None) is None
+    assert "refused" not in caplog.text
