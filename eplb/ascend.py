@@ -183,13 +183,16 @@ def missing_names(module: Any) -> list[str]:
     ]
 
 
-def unsupported_group(parallel_config: Any, ascend_config: Any = None, pools: bool = False) -> str:
+def unsupported_group(
+    parallel_config: Any, ascend_config: Any = None, pools: bool = False, sleeps: bool = False
+) -> str:
     """Why a group of vLLM-Ascend's cannot be balanced, whatever its layers; "" if it can.
 
     Args:
         parallel_config: vLLM's; None if it is not known here.
         ascend_config: vLLM-Ascend's; None if it is not known here.
         pools: whether the model pools and does not generate, on model runner V1.
+        sleeps: whether vLLM may put the model to sleep.
     """
     if pools:
         return POOLING
@@ -206,7 +209,7 @@ def unsupported_group(parallel_config: Any, ascend_config: Any = None, pools: bo
             f"{parallel_config.pipeline_parallel_size}): one planner for the groups of several "
             "stages is not supported yet"
         )
-    return unsupported_anywhere(parallel_config)
+    return unsupported_anywhere(parallel_config, sleeps)
 
 
 def unsupported_layers(adaptor: Any) -> str:
@@ -271,7 +274,7 @@ def follow_runner(runner_class: type) -> None:
     wrap_once(runner_class, "_dummy_run", dummy)
 
 
-def _configs() -> tuple[Any, Any, bool]:
+def _configs() -> tuple[Any, Any, bool, bool]:
     """The arguments of `unsupported_group`, so far as they are known here."""
     from vllm.config import get_current_vllm_config_or_none
 
@@ -282,6 +285,7 @@ def _configs() -> tuple[Any, Any, bool]:
         getattr(config, "parallel_config", None),
         None if module is None else module.get_ascend_config(),
         getattr(model, "runner_type", None) == "pooling",
+        getattr(model, "enable_sleep_mode", False),
     )
 
 

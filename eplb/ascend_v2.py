@@ -36,7 +36,11 @@ def reason(parallel_config: Any = None, *args: Any, **kwargs: Any) -> str:
         return "AscendEplbState is built in an unknown way by this version of vLLM-Ascend"
     if not callable(getattr(sys.modules.get(ROUTING), BUILD_TABLE, None)):
         return f"this version of vLLM-Ascend has no {ROUTING}.{BUILD_TABLE}"
-    return unsupported_group(parallel_config)
+    from vllm.config import get_current_vllm_config_or_none
+
+    model = getattr(get_current_vllm_config_or_none(), "model_config", None)
+    sleeps = getattr(model, "enable_sleep_mode", False)
+    return unsupported_group(parallel_config, sleeps=sleeps)
 
 
 def unrouted(states: list[Any]) -> str:

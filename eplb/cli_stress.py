@@ -65,7 +65,7 @@ def stress(
     for name in names:
         if name not in FAULTS:
             fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
-    given = (layers, experts, ranks, slots, tokens, top_k, steps_per_second, seconds, steps)
+    given = (layers, experts, ranks, slots, tokens, top_k, steps_per_second, seconds, steps, seed)
     _check(*given, patience)
     target = target_of("--json", json_file)
     config = load(session=os.environ.get("EPLB_SESSION", f"stress-{os.getpid()}"))
@@ -97,6 +97,7 @@ def _check(
     rate: float,
     seconds: float,
     steps: int,
+    seed: int,
     patience: float,
 ) -> None:
     bounds = (
@@ -108,6 +109,7 @@ def _check(
         ("--top-k", top_k, 1, experts),
         ("--steps-per-second", rate, 0, 10**6),
         ("--seconds", seconds, 1, 10**7),
+        ("--seed", seed, 0, 2**63 - 1),
         ("--steps", steps, 0, 10**9),
         ("--patience", patience, 1, 10**5),
     )

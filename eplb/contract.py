@@ -93,6 +93,7 @@ NEEDS: list[Need] = [
     ),
     *_members(_CONFIG, "VllmConfig", "model_config use_v2_model_runner"),
     Need("vllm.config.model", "ModelConfig.runner_type"),
+    Need("vllm.config.model", "ModelConfig.enable_sleep_mode"),
     Need(_CONFIG, "get_current_vllm_config_or_none"),
     Need("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     # the calls around which weights are written, and the warm-up

@@ -25,7 +25,7 @@ def register() -> None:
     """
     if not any(name.upper().startswith("EPLB_") for name in os.environ):
         return
-    from .config import ConfigError, load_config
+    from .config import ConfigError, load_config, unknown_variables
     from .logs import configure
 
     try:
@@ -34,6 +34,9 @@ def register() -> None:
         configure("INFO")
         log.error("flash_eplb is off: %s", error)
         return
+    if unknown := unknown_variables():
+        configure(config.log_level)
+        log.warning("%s: no setting of flash_eplb, misspelt? see `eplb config`", ", ".join(unknown))
     try:
         if config.cpu_patches:
             from ..loaders import cpu_patches

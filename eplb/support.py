@@ -9,7 +9,11 @@ from .derived import left_behind
 
 
 def unsupported_mode(
-    parallel_config: Any, device_type: str, uses_runner_v2: bool, pools: bool = False
+    parallel_config: Any,
+    device_type: str,
+    uses_runner_v2: bool,
+    pools: bool = False,
+    sleeps: bool = False,
 ) -> str:
     """Why a group of this configuration cannot be balanced; empty if it can.
 
@@ -20,6 +24,7 @@ def unsupported_mode(
         device_type: "cpu", "cuda", ...
         uses_runner_v2: whether vLLM's model runner V2 runs the model.
         pools: whether the model pools and does not generate.
+        sleeps: whether vLLM may put the model to sleep.
     """
     ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
     if device_type not in ("cpu", "cuda"):
@@ -36,7 +41,7 @@ def unsupported_mode(
         )
     if pools and not uses_runner_v2:
         return "a pooling model: model runner V1 does not step after its passes"
-    if reason := unsupported_anywhere(parallel_config):
+    if reason := unsupported_anywhere(parallel_config, sleeps):
         return reason
     if (prefill := getattr(parallel_config, "prefill_context_parallel_size", 1)) > 1:
         return (
@@ -56,8 +61,10 @@ def unsupported_mode(
     return ""
 
 
-def unsupported_anywhere(parallel_config: Any) -> str:
+def unsupported_anywhere(parallel_config: Any, sleeps: bool = False) -> str:
     """What of a configuration cannot be balanced, whatever vLLM runs on; empty if nothing."""
+    if sleeps:
+        return "sleep mode (enable_sleep_mode): it takes the weights away while we look at them"
     if getattr(parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
     if getattr(parallel_config, "use_ubatching", False):

@@ -16,6 +16,10 @@ BEGINS = ("reload_weights", "reset_weights", *STARTS)
 ENDS = ("reload_weights", "finish_weight_update")
 """Methods of vLLM's worker before and after which weights are written, on all ranks."""
 
+BETWEEN = "update_weights"
+"""Called any number of times between a start and a finish; vLLM closes an update that fails here,
+so that no finish will come."""
+
 
 def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[[], None]) -> None:
     """Let `worker_class` call `begin` before it writes weights and `end` after it has.
@@ -24,7 +28,7 @@ def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[
     fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
     called, and no expert moves until an update succeeds.
     """
-    for name in dict.fromkeys((*BEGINS, *ENDS)):
+    for name in dict.fromkeys((*BEGINS, *ENDS, BETWEEN)):
         around = begin if name in BEGINS else None, end if name in ENDS else None
         undo = end if name in STARTS else None
         wrap_once(worker_class, name, functools.partial(_wrapped, *around, undo))
@@ -45,7 +49,9 @@ def _wrapped(
                 undo()
             else:
                 log.error(
-                    "%s failed: no expert moves until weights have been updated", original.__name__
+                    "%s failed: no expert moves %suntil weights have been updated",
+                    original.__name__,
+                    "from the start of an update " if begin is None and end is None else "",
                 )
             raise
         if end is not None:

@@ -211,6 +211,8 @@ def _reason(*args: Any, **kwargs: Any) -> str:
         return "EplbState is built in an unknown way by this version of vLLM"
     vllm_config = get_current_vllm_config_or_none()
     runner_v2 = vllm_config is not None and vllm_config.use_v2_model_runner
-    pools = vllm_config is not None and vllm_config.model_config.runner_type == "pooling"
-    mode = unsupported_mode(parallel_config, device.type, runner_v2, pools)
+    model = getattr(vllm_config, "model_config", None)
+    pools = getattr(model, "runner_type", "") == "pooling"
+    sleeps = getattr(model, "enable_sleep_mode", False)
+    mode = unsupported_mode(parallel_config, device.type, runner_v2, pools, sleeps)
     return mode or probe(V2 if runner_v2 else V1)

@@ -21,7 +21,7 @@ from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
 from ..ipc.flags import FLAG_DUMMY
 from ..ipc.limits import check_files, check_memory
-from ..ipc.liveness import SegmentError, owner_is_alive
+from ..ipc.liveness import SegmentAbsentError, SegmentError, owner_is_alive
 from ..ipc.names import bell_name, rank_name
 from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes
 from ..ipc.session import remove_dead, session_lock
@@ -185,6 +185,8 @@ class Worker:
         except UnsupportedError as error:
             self.refused = str(error)
             self.close()
+            for name in ("_loader", "_collector", "_update"):  # what was built holds staging rows
+                vars(self).pop(name, None)
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", error)
 
     def _agree(self) -> int:
@@ -241,11 +243,11 @@ class Worker:
             return
         try:
             found = RankSegment.open(name, writable=True, published=False)
-            if found.generation == generation:
-                self._box_segment = found
-                return
-        except SegmentError:
-            pass
+        except SegmentAbsentError:
+            found = None
+        if found is not None and found.generation == generation:
+            self._box_segment = found
+            return
         raise SegmentError(
             f"it does not share /dev/shm with EP rank 0 ({name} is not visible), so no planner "
             "can serve both; run the workers of a group in one container or share /dev/shm"

@@ -84,10 +84,12 @@ class Inbox:
         if self._waiting and self._waiting[0].identity == identity:
             self._waiting.popleft()
 
-    def drop_all(self) -> None:
-        """Nothing that is here now will be started."""
+    def drop_all(self) -> int:
+        """Nothing that is here now will be started; returns how many rounds that is."""
+        dropped = len(self._waiting)
         while self._waiting:
             self._drop(self._waiting.popleft())
+        return dropped
 
     def drop_plan(self, round_: Round) -> None:
         """Drop what is left of the plan of `round_`, and what still comes of it.

@@ -88,10 +88,12 @@ class Loader:
         self._timeout_steps = timeout_steps
         self._home: deque[Pending] = deque()
         self._held = False
+        self._drops_said = False
         self._voted: Candidate | None = None
         self._active: Candidate | None = None
         self._begins_later = False
         self._active_since = 0
+        self._idle_since = 0  # the step up to which the stager was free, or had a round
         self._step = 0
         self._transport_epoch = 0
         self.placement = engine.placement.copy()
@@ -136,7 +138,8 @@ class Loader:
                 the epoch of now.
         """
         self._held = True
-        self._status.show(Field.STATE, State.HELD)
+        self._drops_said = False
+        self._show(State.HELD)
         self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
 
     def reorder(self, placement: np.ndarray) -> None:
@@ -160,9 +163,10 @@ class Loader:
 
         Whatever the planner has sent so far was made for an epoch that has passed.
         """
-        self._turn_epoch()
         self._held = False
-        self._status.show(Field.STATE, State.IDLE)
+        if not self.stopped:
+            self._turn_epoch()
+            self._show(State.IDLE)
 
     @property
     def is_idle(self) -> bool:
@@ -195,10 +199,16 @@ class Loader:
     def _candidate(self) -> Candidate | None:
         """The round that this rank would start now, or after the commit of one that is staged."""
         self._status.show(Field.QUARANTINED_ROWS, self._stagers.quarantined)
+        self._replace_if_hung()
         if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
         if self._held:
-            self._inbox.drop_all()
+            if self._inbox.drop_all() and not self._drops_said:
+                self._drops_said = True
+                log.warning(
+                    "EP rank %d drops the planner's rounds until the weights have been updated",
+                    self._rank,
+                )
             return self._checked(self._home[0]) if self._home else None
         if self._active is not None:
             return self._following()
@@ -211,6 +221,20 @@ class Loader:
             except RoundError as error:
                 self._inbox.refuse_head(str(error))
         return None
+
+    def _replace_if_hung(self) -> None:
+        """A look at an expert, or the first connections, must not hold up rounds for ever."""
+        if not self._stagers.busy or self._active is not None:
+            self._idle_since = self._step
+        elif self._step - self._idle_since >= self._timeout_steps:
+            log.warning(
+                "EP rank %d: its stager has been busy for %d steps without a round; another one "
+                "takes its place",
+                self._rank,
+                self._step - self._idle_since,
+            )
+            self._stagers.give_up()
+            self._idle_since = self._step
 
     def _following(self) -> Candidate | None:
         """The round after the staged one; if it is not good, that is said after the commit."""
@@ -301,7 +325,7 @@ class Loader:
         self._inbox.take(active.identity)
         if self._home and self._home[0].identity == active.identity:
             self._home.popleft()
-        self._status.show(Field.STATE, State.STAGING)
+        self._show(State.STAGING)
         self._begins_later = not at_once
         if at_once:
             self._guard(self._begin)
@@ -340,7 +364,11 @@ class Loader:
     def _rest(self) -> None:
         """No round is under way now."""
         self._active = None
-        self._status.show(Field.STATE, State.HELD if self._held else State.IDLE)
+        self._show(State.HELD if self._held else State.IDLE)
+
+    def _show(self, state: State) -> None:
+        """A loader that has stopped has stopped, whatever else is so."""
+        self._status.show(Field.STATE, State.STOPPED if self.stopped else state)
 
     def _turn_epoch(self) -> None:
         self.epoch += 1
@@ -352,7 +380,7 @@ class Loader:
         assert self._active is not None
         waited = self._step - self._active_since
         self._count_damage()
-        self._stagers.give_up()
+        self._guard(self._stagers.give_up)
         rows = self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         log.warning(
             "round %d aborted after %d steps: EP rank %d failed%s",
@@ -385,7 +413,7 @@ class Loader:
         if self._active is not None:
             self._count_damage()
             self._drop_active()
-        self._status[Field.STATE] = State.STOPPED
+        self._show(State.STOPPED)
         log.error(
             "balancing stopped on EP rank %d, experts stay where they are: %s", self._rank, reason
         )

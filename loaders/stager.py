@@ -119,7 +119,9 @@ class Stager:
         log.warning("EP rank %d: %s: %s", self._rank, what, reason)
         changed = isinstance(error, ChangedError)
         self.result = Result(errand.identity, reason, damaged, changed)
-        self._transport.disconnect()
+        if errand.beat is None:  # a look has nothing to do with connections, which the others keep
+            with contextlib.suppress(Exception):
+                self._transport.disconnect()
 
     def _look(self, beat: Beat) -> None:
         """ChangedError if the weights in a slot are not those of its expert at the start."""

@@ -95,7 +95,7 @@ class PeerToPeer:
         self._ranks = ranks
         self._timeout = timedelta(seconds=timeout)
         self._group: Any = None
-        self._epoch = -1
+        self._epoch = self._spoilt = -1
         self._exchanges = 0
 
     def connect(self, epoch: int) -> None:
@@ -103,7 +103,10 @@ class PeerToPeer:
         if epoch == self._epoch:
             return
         self.disconnect()
+        if epoch == self._spoilt:  # what it left in the store leads nowhere
+            raise RuntimeError("the first connections failed; the next round opens others")
         self._exchanges = 0
+        self._spoilt = epoch
         store = dist.PrefixStore(f"transport/{epoch}", self._store)
         group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
         group.barrier().wait()

@@ -40,7 +40,8 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
     if wanted == "engine" and device == "cpu" and "Staged" in communicator:
         raise ValueError(
             f"EPLB_TRANSPORT=engine: {communicator} of this engine needs an accelerator; use auto, "
-            'or let vLLM take another (--eplb-config \'{"communicator": "torch_nccl"}\')'
+            'or let vLLM take another (--eplb-config \'{"communicator": "torch_nccl", '
+            '"use_async": false}\')'
         )
     if _DEVICES.get(wanted, device) != device:
         raise ValueError(

@@ -52,9 +52,7 @@ class Guard:
         """
         try:
             found = self._policy.plan(heat.copy(), placement.copy())
-        except (
-            BaseException
-        ) as error:  # a policy that fails, costs balance only
+        except BaseException as error:  # a policy that fails, costs balance only
             text = "the policy failed; experts stay where they are until the next plan"
             log.log(self._level(error), text, exc_info=True)
             return None

@@ -56,6 +56,11 @@ def test_pipeline_stages_are_refused_with_the_reason_of_the_runner():
     assert "each stage is an EP group of its own" in unsupported_mode(stages, "cuda", True)
 
 
+def test_sleep_mode_is_refused_by_name():
+    reason = unsupported_mode(config(), "cuda", True, sleeps=True)
+    assert reason.startswith("sleep mode (enable_sleep_mode): ")
+
+
 def test_a_pooling_model_is_refused_where_its_passes_are_not_stepped():
     assert "model runner V1 does not step" in unsupported_mode(config(), "cuda", False, pools=True)
     assert unsupported_mode(config(), "cuda", True, pools=True) == ""

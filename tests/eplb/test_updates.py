@@ -87,3 +87,14 @@ def test_a_second_start_that_is_refused_leaves_the_update_open(caplog):
         log.worker().start_weight_update()
     assert log == ["begin", "begin", "start_weight_update"]
     assert "no expert moves until weights have been updated" in caplog.text
+
+
+def test_an_update_that_fails_half_way_says_that_experts_stay(caplog):
+    log = Log(fail="update_weights")
+    worker = log.worker()
+    worker.start_weight_update()
+    with pytest.raises(OSError):
+        worker.update_weights({})
+    assert log == ["begin", "start_weight_update", "update_weights"]
+    words = "update_weights failed: no expert moves from the start of an update until weights have"
+    assert words in caplog.text
