@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from . import config as settings
 from .choice import (
     SETTINGS_OF,
     choose,
+    fail,
     load,
     one_sentence,
     options_of,
@@ -74,6 +76,16 @@ def planner(
         raise typer.Exit(1) from None
 
 
+def _check_paths(config: settings.Config) -> None:
+    """End the command with 2 if what is to be written has no place; found now, not after a plan."""
+    saved, record = Path(config.save_placement), Path(config.record)
+    if config.save_placement and (saved.is_dir() or not saved.parent.is_dir()):
+        why = "is a folder" if saved.is_dir() else f"{saved.parent} is no folder"
+        fail(f"EPLB_SAVE_PLACEMENT={saved}: {why}; give the path of a file in one that is there")
+    if config.record and record.exists() and not record.is_dir():
+        fail(f"EPLB_RECORD={record}: it is no folder; give one, or a path where one can be made")
+
+
 def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine: bool) -> None:
     """Plan, on uvloop, until SIGINT or SIGTERM comes or, if so asked, the engine is gone.
 
@@ -90,6 +102,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
 
     choice = choose(config.policy)
     options = options_of(config, choice)
+    _check_paths(config)
     with one_sentence():
         initial = read_map(config.initial_placement) if config.initial_placement else None
 
@@ -168,6 +181,7 @@ def status(session: Session = None) -> None:
 
     Example: eplb status --session a
     """
+    from ..ipc.limits import LimitError
     from ..ipc.liveness import SegmentError, owner_is_alive
     from ..ipc.names import planner_name
     from ..ipc.status import Field, state_name
@@ -176,7 +190,10 @@ def status(session: Session = None) -> None:
     config = load(session=session)
     try:
         there = owner_is_alive(planner_name(config.session))
-        group = Group.attach(config.session)
+        group = Group.attach(config.session, writable=False, who="eplb status")
+    except LimitError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(1) from None
     except SegmentError as error:
         typer.echo(f"eplb: no engine in session {config.session!r}: {error}", err=True)
         raise typer.Exit(1) from None

@@ -34,6 +34,7 @@ def record(
 
     Example: eplb record -o recording --seconds 60
     """
+    from ..ipc.limits import LimitError
     from ..ipc.liveness import SegmentError
     from ..ipc.rank_segment import warmup_reader
     from ..planners.follower import Follower
@@ -45,7 +46,10 @@ def record(
     config = load(session=session)
     warmup_reader()
     try:
-        group = Group.attach(config.session, writable=False)
+        group = Group.attach(config.session, writable=False, who="eplb record")
+    except LimitError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(1) from None
     except SegmentError as error:
         typer.echo(f"eplb: no engine in session {config.session!r}: {error}", err=True)
         raise typer.Exit(1) from None

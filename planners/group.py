@@ -35,8 +35,13 @@ class Group:
         self._matcher = StepMatcher(len(self._counting), self.shape.ring_slots)
 
     @classmethod
-    def attach(cls, session: str, writable: bool = True) -> Group:
-        """All ranks of the engine that runs in `session`; who only reads them needs no `writable`.
+    def attach(cls, session: str, writable: bool = True, who: str = "the planner") -> Group:
+        """All ranks of the engine that runs in `session`.
+
+        Args:
+            session: its name.
+            writable: not needed by who only reads.
+            who: asks, for the text of a LimitError.
 
         Raises:
             SegmentError: there is none, it is not complete yet, or a rank is dead.
@@ -44,7 +49,7 @@ class Group:
         """
         ranks = [RankSegment.open(rank_name(session, 0), writable)]
         try:
-            check_files(ranks[0].header.shape.ranks + 8, "the planner")
+            check_files(ranks[0].header.shape.ranks + 8, who)
             for rank in range(1, ranks[0].header.shape.ranks):
                 ranks.append(RankSegment.open(rank_name(session, rank), writable))
             for found in ranks:

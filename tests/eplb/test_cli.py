@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 
@@ -375,3 +376,46 @@ def test_every_command_explains_itself(command):
     result = eplb(command, "--help")
     assert result.exit_code == 0
     assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        (
+            {"EPLB_SAVE_PLACEMENT": "/nope/x/map.json"},
+            "EPLB_SAVE_PLACEMENT=/nope/x/map.json: /nope/x is no folder; give the path of a file "
+            "in one that is there",
+        ),
+        (
+            {"EPLB_SAVE_PLACEMENT": "/tmp"},
+            "EPLB_SAVE_PLACEMENT=/tmp: is a folder; give the path of a file in one that is there",
+        ),
+        (
+            {"EPLB_RECORD": "/etc/passwd"},
+            "EPLB_RECORD=/etc/passwd: it is no folder; give one, or a path where one can be made",
+        ),
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_ends_the_planner(session, variables, text):
+    found = run_eplb("planner", "--session", session, **variables)
+    assert (found.returncode, found.stderr) == (2, f"eplb: {text}\n")
+
+
+def test_status_and_record_with_too_few_files_say_so(session, tmp_path):
+    shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
+    ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(2)]
+    for rank in ranks:
+        rank.publish()
+    used = os.dup(0)
+    os.close(used)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    eplb("status", "--session", session)  # what it imports takes files for a moment
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, limits[1]))
+    try:
+        shown = eplb("status", "--session", session)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert shown.exit_code == 1
+    assert shown.stderr.startswith("eplb: eplb status opens 10 files and may open ")
+    for rank in ranks:
+        rank.close()

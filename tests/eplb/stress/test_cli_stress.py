@@ -261,6 +261,7 @@ def test_a_broken_promise_is_found(stress, amount):
         (("--faults", "flood"), "--faults names 'flood'; there are planner-killed"),
         (("--ranks", "1"), "--ranks is 1; it must be from 2 to 1024"),
         (("--top-k", "65"), "--top-k is 65; it must be from 1 to 64"),
+        (("--seed", "-1"), "--seed is -1; it must be "),
         (("--slots", "5"), "64 experts on 4 ranks x 5 slots: every expert needs a slot"),
         (("--weights", "--ranks", "20"), "--weights starts a process for each rank; --ranks is 20"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
