@@ -21,9 +21,9 @@ from ..collectors.heat import HeatCollector
 from ..ipc.doorbell import Doorbell
 from ..ipc.flags import FLAG_DUMMY
 from ..ipc.limits import check_files, check_memory
-from ..ipc.liveness import SegmentAbsentError, SegmentError, owner_is_alive
+from ..ipc.liveness import SegmentAbsentError, SegmentError
 from ..ipc.names import bell_name, rank_name
-from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes
+from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes, why_silent
 from ..ipc.session import remove_dead, session_lock
 from ..ipc.shape import GroupShape, ModelShape
 from ..ipc.status import Field
@@ -253,8 +253,8 @@ class Worker:
             "can serve both; run the workers of a group in one container or share /dev/shm"
         )
 
-    def _is_alive(self, rank: int) -> bool:
-        return owner_is_alive(rank_name(self._config.session, rank))
+    def _why_silent(self, rank: int) -> str:
+        return why_silent(self._config.session, rank)
 
     def _build(self) -> None:
         assert self._segment is not None
@@ -279,7 +279,7 @@ class Worker:
         self._loader = Loader(
             engine,
             self._segment,
-            Vote(self._box_segment.ballots, group.rank, self._is_alive, group.patience),
+            Vote(self._box_segment.ballots, group.rank, self._why_silent, group.patience),
             self._stagers,
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,

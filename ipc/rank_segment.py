@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from .ballot_box import WORDS, BallotBox
 from .heat_ring import HeatRing
-from .liveness import SegmentError
+from .liveness import SegmentError, owner_is_alive
 from .names import rank_name
 from .placement import try_moves
 from .plan_queue import PlanQueue
@@ -23,7 +23,7 @@ from .round import record_limit
 from .round_log import RoundLog
 from .segment import Segment, aligned, take_name
 from .shape import MOST_RANKS, GroupShape, ModelShape, ShapeError, check_shape, one_line
-from .status import Board, Field, StatusBlock, StepTimings
+from .status import Board, Field, State, StatusBlock, StepTimings
 
 
 class RankHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -171,6 +171,21 @@ def check_group(ranks: list[RankSegment]) -> None:
                 f"shared memory {name} describes another group than that of rank 0; "
                 "restart the engine"
             )
+
+
+def why_silent(session: str, rank: int) -> str:
+    """Why the worker of `rank` will not vote any more, as in "is dead"; "" if it may.
+
+    Raises:
+        SegmentError: it cannot be told.
+    """
+    name = rank_name(session, rank)
+    if not owner_is_alive(name):
+        return "is dead"
+    found = RankSegment.open(name)
+    stopped = found.status[Field.STATE] == State.STOPPED
+    found.close()
+    return "has stopped balancing" if stopped else ""
 
 
 def segment_bytes(shape: GroupShape) -> int:

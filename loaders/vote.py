@@ -120,15 +120,17 @@ class Vote:
     Args:
         box: of the group.
         rank: of this process.
-        is_alive: whether the process of a rank lives.
+        why_silent: why a rank will not vote any more, as in "is dead"; "" if it may.
         patience: seconds after which a vote that a living rank owes fails: as long as the engine
             would wait for that rank in a collective of its own.
     """
 
-    def __init__(self, box: BallotBox, rank: int, is_alive: Callable[[int], bool], patience: float):
+    def __init__(
+        self, box: BallotBox, rank: int, why_silent: Callable[[int], str], patience: float
+    ):
         self._box = box
         self._rank = rank
-        self._is_alive = is_alive
+        self._why_silent = why_silent
         self._patience = patience
         self._number = 0
         self._is_owed = False
@@ -146,7 +148,7 @@ class Vote:
         Waits for ranks that have not issued it yet, and says so when that takes long.
 
         Raises:
-            RuntimeError: a rank that has not issued it is dead, or is out of patience.
+            RuntimeError: a rank that has not issued it is dead or has stopped; or patience is out.
         """
         if not self._is_owed:
             return None
@@ -181,10 +183,10 @@ class Vote:
 
     def _check(self, rank: int, waited: float) -> None:
         try:
-            is_alive = self._is_alive(rank)
+            why = self._why_silent(rank)
         except Exception:  # it cannot be told now; patience decides
-            is_alive = True
-        if not is_alive:
-            raise RuntimeError(f"EP rank {rank} is dead")
+            why = ""
+        if why:
+            raise RuntimeError(f"EP rank {rank} {why}")
         if waited > self._patience:
             raise RuntimeError(f"EP rank {rank} has not voted for {waited:.0f} s")

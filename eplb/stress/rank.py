@@ -7,9 +7,8 @@ import time
 import numpy as np
 
 from ...ipc.doorbell import Doorbell
-from ...ipc.liveness import owner_is_alive
 from ...ipc.names import bell_name, rank_name
-from ...ipc.rank_segment import RankSegment
+from ...ipc.rank_segment import RankSegment, why_silent
 from ...ipc.status import Field
 from ...loaders.loader import Loader
 from ...loaders.patrol import Patrol
@@ -69,7 +68,7 @@ class RowRank:
         self._loader = Loader(
             self._engine,
             self._segment,
-            Vote(self._box.ballots, self._rank, self._is_alive, _PATIENCE),
+            Vote(self._box.ballots, self._rank, self._why_silent, _PATIENCE),
             StagerPool(self._stager, self._rank, shape.staging_rows),  # type: ignore[arg-type]
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
@@ -125,8 +124,8 @@ class RowRank:
         self._told[Rank.CHECKED] += 1
         self._told[Rank.WRONG] += int(wrong.sum())
 
-    def _is_alive(self, rank: int) -> bool:
-        return owner_is_alive(rank_name(self._setup.session, rank))
+    def _why_silent(self, rank: int) -> str:
+        return why_silent(self._setup.session, rank)
 
     def close(self) -> None:
         """Remove what this rank owns."""

@@ -56,6 +56,12 @@ def test_all_wrong_values_are_logged_and_nothing_is_raised():
     assert "Traceback" not in result.stderr
 
 
+def test_a_variable_that_is_misspelt_is_named_although_nothing_is_enabled():
+    result = run(HEAVY, EPLB_ENABLE="1", EPLB_WINDOWS="3")
+    assert result.stdout == "[]\n"
+    assert "EPLB_ENABLE, EPLB_WINDOWS: no setting of flash_eplb, misspelt?" in result.stderr
+
+
 @pytest.fixture
 def hooks(environment):
     """Stands in for the modules that touch vLLM: what was installed, in order."""

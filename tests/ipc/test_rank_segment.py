@@ -5,11 +5,17 @@ from hypothesis import strategies as st
 
 from flash_eplb.ipc.liveness import SegmentError, SegmentInUseError
 from flash_eplb.ipc.names import rank_name
-from flash_eplb.ipc.rank_segment import RankAreas, RankHeader, RankSegment, segment_bytes
+from flash_eplb.ipc.rank_segment import (
+    RankAreas,
+    RankHeader,
+    RankSegment,
+    segment_bytes,
+    why_silent,
+)
 from flash_eplb.ipc.round import record_limit
 from flash_eplb.ipc.round_log import RoundLog, Transfer
 from flash_eplb.ipc.shape import GroupShape, ModelShape
-from flash_eplb.ipc.status import Field, StepTimings
+from flash_eplb.ipc.status import Field, State, StepTimings
 
 SHAPE = GroupShape(
     models=(ModelShape("draft", 1), ModelShape("main", 2)),
@@ -169,3 +175,16 @@ def test_the_file_is_as_long_as_the_shape_says(session):
     rank = RankSegment.create(session, SHAPE, 0, 1)
     assert len(rank.segment.body) == segment_bytes(SHAPE)
     rank.close()
+
+
+def test_a_rank_votes_no_more_once_it_has_stopped_or_is_gone(session):
+    assert why_silent(session, 1) == "is dead"
+    worker = RankSegment.create(session, SHAPE, 1, 7)
+    with pytest.raises(SegmentError):  # it may be just starting: patience decides
+        why_silent(session, 1)
+    worker.publish()
+    assert why_silent(session, 1) == ""
+    worker.status[Field.STATE] = State.STOPPED
+    assert why_silent(session, 1) == "has stopped balancing"
+    worker.close()
+    assert why_silent(session, 1) == "is dead"

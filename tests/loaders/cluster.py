@@ -93,7 +93,7 @@ class Rank:
         self.loader = Loader(
             self.engine,
             self.segment,
-            Vote(box, rank, lambda rank: True, 20.0),
+            Vote(box, rank, lambda rank: "", 20.0),
             self.stagers,
             Patrol(cluster.shape.layers, cluster.shape.slots, cluster.patrol_steps),
             cluster.vote_steps,

@@ -74,7 +74,7 @@ def votes():
     """Three ranks' votes over one box; rank 2 counts as dead once it is in `dead`."""
     body, dead = np.zeros(BallotBox.size(3), np.uint8), set()
     made = [
-        Vote(BallotBox(body, 3), rank, lambda rank: rank not in dead, patience=2.0)
+        Vote(BallotBox(body, 3), rank, lambda rank: "is dead" * (rank in dead), patience=2.0)
         for rank in range(3)
     ]
     return made, dead
@@ -132,7 +132,7 @@ def test_a_look_that_fails_is_no_death(votes, monkeypatch):
     def fail(rank):
         raise OSError("too many open files")
 
-    first._is_alive = fail
+    first._why_silent = fail
     for vote in (first, second):
         vote.issue(Ballot(7))
     threading.Timer(0.1, lambda: late.issue(Ballot(7))).start()
