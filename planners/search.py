@@ -149,7 +149,6 @@ def search_layers(heat, weights, placement, layers, effort, terms):
 def _search(layer, today, effort, terms, found):
     settle(layer, today)
     best = _worth(layer, terms, terms.price)
-    settle(layer, today)
     if terms.today:
         best = from_today(layer, effort, terms, best, found)
     if terms.scratch:
@@ -193,14 +192,16 @@ def _improve(layer, effort, price, most_moves, sweeps):
 @njit(**FAST)
 def _worth(layer, terms, price):
     """PAR of the layer's placement, with planned routing if there is to be, plus price of moves."""
-    moves = moved(layer)
-    if terms.max_columns:
-        columns = np.empty(layer.placement.shape, np.int16)
-        least = np.float32(LEAST)
-        if terms.by_source:
-            return weigh_sources(layer, columns, least) + price * moves
-        return weigh(layer, terms.max_columns, columns, least) + price * moves
-    return peak(layer) + price * moves
+    if not terms.max_columns:
+        return peak(layer) + price * moved(layer)
+    columns = np.empty(layer.placement.shape, np.int16)
+    least = np.float32(LEAST)
+    if terms.by_source:
+        par = weigh_sources(layer, columns, least)
+    else:
+        par = weigh(layer, terms.max_columns, columns, least)
+    settle(layer, layer.placement)  # its loads have followed the columns
+    return par + price * moved(layer)
 
 
 @njit(**FAST)
@@ -232,7 +233,6 @@ def from_scratch(layer, today, effort, terms, best, found):
         settle(layer, placement)
         if terms.max_columns:  # what is best with planned routing need not be so with uniform
             best = _keep_better(layer, terms, terms.far_price, best, found)
-            settle(layer, placement)
         _improve(layer, effort, 0.0, ranks * slots, race)
         if len(vectors) == 1:
             return _keep_better(layer, terms, terms.far_price, best, found)
@@ -256,9 +256,7 @@ def kick(layer, effort, terms, best, found):
             state = _next(state)
             _disturb(layer, np.int64(state >> np.uint64(1)))
         if terms.max_columns:
-            placement = layer.placement.copy()
             best = _keep_better(layer, terms, terms.price, best, found)
-            settle(layer, placement)
         _improve(layer, effort, terms.price, terms.most_moves, effort.sweeps)
         best = _keep_better(layer, terms, terms.price, best, found)
     return best

@@ -4,11 +4,11 @@ from checker import assert_valid, ratios
 from heats import initial, shapes, shuffled, window, windows, zipf
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import moved
+from layers import assert_consistent, moved, settled
 
 from flash_eplb.planners.flashlb import EFFORTS
 from flash_eplb.planners.relabel import relabel
-from flash_eplb.planners.search import Terms, measure, search_layers
+from flash_eplb.planners.search import Terms, _worth, measure, search_layers
 
 
 def search(heat, placement, effort="balanced", **terms):
@@ -111,3 +111,14 @@ def test_relabelling_only_permutes_ranks(case):
     _, (today, other) = case
     relabelled = relabel(other, today, int(today.max()) + 1)
     assert sorted(relabelled.tolist()) == sorted(other.tolist())
+
+
+@given(cases(), st.booleans())
+def test_what_a_placement_is_worth_with_columns_leaves_the_layer_as_it_is(case, by_source):
+    heat, today = case
+    heat = heat[:, 0] / max(heat[:, 0].max(), 1e-300)
+    layer = settled(heat, today[0])
+    terms = Terms(0.1, 0.1, 1000, True, True, 1024, by_source)
+    worth = _worth(layer, terms, 0.1)
+    assert_consistent(layer)
+    assert worth <= _worth(layer, terms._replace(max_columns=0), 0.1) * (1 + 1e-5) or by_source
