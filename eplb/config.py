@@ -51,7 +51,7 @@ class Config(BaseSettings):
     )
     max_moves: int = Field(0, ge=0, le=10**6, description="slots moved per plan at most; 0: no cap")
     max_layers: int = Field(
-        0, ge=0, le=10**6, description="layers that a plan changes at most; 0: no cap"
+        0, ge=0, le=10**6, description="layers in which a plan moves experts, at most; 0: no cap"
     )
     effort: str = Field(
         "balanced",

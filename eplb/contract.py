@@ -100,8 +100,8 @@ NEEDS: list[Need] = [
     *_members(
         _WORKER,
         "Worker",
-        "reload_weights start_weight_update start_draft_weight_update finish_weight_update "
-        "compile_or_warm_up_model",
+        "reload_weights start_weight_update start_draft_weight_update update_weights "
+        "finish_weight_update compile_or_warm_up_model",
     ),
     Need(_WORKER, "Worker.reset_weights", optional=True),
     # vLLM's own transports

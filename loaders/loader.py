@@ -93,6 +93,7 @@ class Loader:
         self._active: Candidate | None = None
         self._begins_later = False
         self._active_since = 0
+        self._all_hang = False
         self._idle_since = 0  # the step up to which the stager was free, or had a round
         self._step = 0
         self._transport_epoch = 0
@@ -227,13 +228,18 @@ class Loader:
         if not self._stagers.busy or self._active is not None:
             self._idle_since = self._step
         elif self._step - self._idle_since >= self._timeout_steps:
-            log.warning(
-                "EP rank %d: its stager has been busy for %d steps without a round; another one "
-                "takes its place",
-                self._rank,
-                self._step - self._idle_since,
-            )
-            self._stagers.give_up()
+            replaced = self._stagers.give_up()
+            if replaced or not self._all_hang:
+                log.warning(
+                    "EP rank %d: its stager has been busy for %d steps without a round; %s",
+                    self._rank,
+                    self._step - self._idle_since,
+                    "another one takes its place"
+                    if replaced
+                    else "so many hang that no other is "
+                    "started, and no expert moves until one comes back",
+                )
+            self._all_hang = not replaced
             self._idle_since = self._step
 
     def _following(self) -> Candidate | None:

@@ -88,14 +88,16 @@ class StagerPool:
         self._taken = []
         self._stager.begin(Errand(0, np.zeros(0, MOVE), 0, beat=beat))
 
-    def give_up(self) -> None:
-        """The errand is of no more use: if its stager is still at it, another takes its place."""
+    def give_up(self) -> bool:
+        """The errand is of no more use: if its stager is still at it, another takes its place,
+        unless too many hang; returns whether that is so."""
         if not self._stager.busy or len(self._hung) >= MOST_HUNG:
-            return
+            return False
         self._hung.append(_Hung(self._stager, self._taken))
         self._free = [row for row in self._free if row not in self._taken]
         self._taken = []
         self._stager = self._make()
+        return True
 
     def _take_back(self) -> None:
         for hung in [hung for hung in self._hung if not hung.stager.busy]:

@@ -186,7 +186,7 @@ class Vote:
             why = self._why_silent(rank)
         except Exception:  # it cannot be told now; patience decides
             why = ""
-        if why:
+        if why and self._box.tally(self._number)[0] == rank:  # it may have voted just before
             raise RuntimeError(f"EP rank {rank} {why}")
         if waited > self._patience:
             raise RuntimeError(f"EP rank {rank} has not voted for {waited:.0f} s")

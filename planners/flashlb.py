@@ -15,6 +15,7 @@ from itertools import product
 
 import numpy as np
 
+from ..ipc.round import MOST_COLUMNS
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
 from .columns import Columns, divided_par
 from .efforts import EFFORTS, effort_of
@@ -37,9 +38,6 @@ FAR = 3.0
 BEYOND_NOISE = 2.0
 """Standard errors above `min_gain` that a gain must be where counts are largely chance; twice as
 many if the layer has no promise, for a planner that starts must not undo what is there."""
-
-MOST_COLUMNS = 2**15 - 1
-"""What int16 holds."""
 
 PARTS = 8
 """Layers whose plan does not fit `max_moves` that are searched again with what is left."""
@@ -66,7 +64,7 @@ class FlashLB:
         effort: "fast", "balanced" or "thorough".
         routing: "uniform", or "weighted" to plan how tokens divide among replicas; "by_source"
             where a rank sends all of its tokens for an expert to one of them.
-        max_columns: routing columns that an expert may have, from `ranks` to 32,767.
+        max_columns: routing columns that an expert may have, from `ranks` to 1,024.
         min_excess: PAR - 1 up to which a layer is left alone.
         min_gain: least PAR a layer's plan must win.
         move_price: PAR that moving all slots of a layer must win; fewer moves, in proportion.
@@ -75,7 +73,7 @@ class FlashLB:
             much where the PAR of episodes varies.
         half_life: episodes after which an episode before the window counts half; 0 forgets all.
         max_moves: most moves in one plan; None for no limit.
-        max_layers: most layers in one plan; None for no limit.
+        max_layers: most layers in which experts move in one plan; None for no limit.
         threads: that layers are spread over; the plan does not depend on their number.
 
     Raises:
@@ -170,7 +168,7 @@ class FlashLB:
         slots = self.ranks * self.slots_per_rank
         terms = Terms(
             price=(EVERY_LAYER_PRICE if every_layer else self.move_price) / slots,
-            far_price=0.0,
+            far_price=0.0,  # `_find` knows it
             most_moves=slots,
             scratch=True,
             today=True,
@@ -326,7 +324,7 @@ class FlashLB:
             parts = [offer]
             if offer.moves > room:
                 near = terms._replace(most_moves=room, scratch=False)
-                chosen = np.array([offer.layer] if room and tries else [], np.int64)
+                chosen = np.array([offer.layer] if room and tries > 0 else [], np.int64)
                 least = 0.0 if window.anew else self.min_gain / offer.moves
                 parts = self._offers(window, before, chosen, near)
                 parts = [part for part in parts if part.gain >= least * part.moves]
@@ -371,7 +369,7 @@ class FlashLB:
         columns: np.ndarray | None = None,
     ) -> np.ndarray:
         """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None;
-        with `columns`[i] where a rank has one replica."""
+        with `columns`[i] where they are planned."""
         layers = np.arange(tokens.shape[1]) if layers is None else layers
         if self._division is not None and columns is not None:
             return self._division.measure(tokens, placement, layers, columns)

@@ -59,7 +59,7 @@ class Guard:
         try:
             plan = checked_plan(found, heat, placement, self._ranks_per_node)
             return Proposal(plan, plan.rounds(rows))
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # arrays and plans of a user's own run their code here
             text = "what the policy returned is refused, experts stay where they are: %s"
             log.log(self._level(error), text, error)
             self.forget()

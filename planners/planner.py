@@ -41,7 +41,8 @@ _LOOKS_BEFORE_REFUSAL = 10  # an engine that is just starting is not ready for a
 class _PlanThreads(Executor):
     """Each call in a thread of its own, for which nothing waits when the process ends.
 
-    A policy that hangs would hold up the end of a ThreadPoolExecutor, and of the interpreter.
+    A policy that hangs would hold up the end of a ThreadPoolExecutor, and of the interpreter; one
+    that hangs in a pool of its own still does.
     """
 
     def __init__(self) -> None:

@@ -154,6 +154,8 @@ def _search(layer, today, effort, terms, found):
     if terms.scratch:
         best = from_scratch(layer, today, effort, terms, best, found)
     if effort.kicks > 0 and len(today) > 1:
+        settle(layer, found)
+        best = _worth(layer, terms, terms.price)  # it may have been reckoned at the far price
         kick(layer, effort, terms, best, found)
 
 

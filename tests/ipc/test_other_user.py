@@ -11,7 +11,6 @@ import os
 import sys
 
 import numpy as np
-import posix_ipc
 from flash_eplb.ipc.doorbell import Doorbell
 from flash_eplb.ipc.liveness import SegmentError, owner_is_alive
 from flash_eplb.ipc.names import bell_name, rank_name

@@ -247,6 +247,20 @@ def test_a_look_that_hangs_holds_up_no_plan_for_ever(cluster, monkeypatch, caplo
     release.set()
 
 
+def test_looks_that_hang_one_after_the_other_are_said_to_hold_up_everything_once(
+    cluster, monkeypatch, caplog
+):
+    group = cluster(timeout_steps=20, patrol_steps=1)
+    release = threading.Event()
+    monkeypatch.setattr(stager_module.Stager, "_look", lambda self, beat: release.wait(20))
+    group.tick_until(lambda: "so many hang that no other is started" in caplog.text)
+    group.tick(200)
+    assert caplog.text.count("EP rank 1: its stager has been busy") == MOST_HUNG + 1
+    release.set()
+    group.tick_until(lambda: not any(rank.stagers.busy for rank in group.ranks))
+    monkeypatch.undo()
+
+
 def test_a_look_that_fails_cuts_no_connection(cluster, monkeypatch, caplog):
     group = cluster(patrol_steps=1)
     look, failures = stager_module.Stager._look, [1]

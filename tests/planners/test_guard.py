@@ -288,6 +288,15 @@ def test_whatever_a_policy_raises_costs_balance_only(error, caplog):
     assert "the policy failed; experts stay where they are" in caplog.text
 
 
+def test_whatever_the_answer_of_a_policy_raises_costs_balance_only(caplog):
+    class Answer:
+        def __array__(self, *_, **__):
+            raise KeyboardInterrupt
+
+    assert Guard(Returning(lambda *_: Answer())).propose(HEAT, BEFORE, 4) is None
+    assert "what the policy returned is refused" in caplog.text
+
+
 def test_a_policy_that_fails_to_forget_is_reported_and_does_no_harm(caplog):
     class Stubborn(Returning):
         def forget(self):

@@ -15,12 +15,11 @@ def search(heat, placement, effort="balanced", **terms):
     """What is found for all layers, and the moves that it says this takes."""
     full = {"price": 0.0, "most_moves": placement[0].size, "scratch": True, "today": True}
     terms.setdefault("far_price", terms.get("price", 0.0))
+    effort = EFFORTS[effort] if isinstance(effort, str) else effort
     weights = np.full(len(heat), 1 / len(heat), np.float32)
     layers = np.arange(len(placement))
     terms = Terms(**{**full, "max_columns": 0, "by_source": False, **terms})
-    return search_layers(
-        heat.astype(np.float64), weights, placement, layers, EFFORTS[effort], terms
-    )
+    return search_layers(heat.astype(np.float64), weights, placement, layers, effort, terms)
 
 
 @st.composite
@@ -122,3 +121,17 @@ def test_what_a_placement_is_worth_with_columns_leaves_the_layer_as_it_is(case, 
     worth = _worth(layer, terms, 0.1)
     assert_consistent(layer)
     assert worth <= _worth(layer, terms._replace(max_columns=0), 0.1) * (1 + 1e-5) or by_source
+
+
+@pytest.mark.parametrize("price", [0.01, 0.05])
+def test_kicks_keep_to_the_price_of_moves_whatever_was_found_from_scratch(price):
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        heat, before = window(rng, zipf(rng, 1, 12), 2, 300), shuffled(rng, 1, 4, 4, 12)
+        terms = {"price": price, "far_price": 3 * price}
+        worth = []
+        for kicks in (0, 100):
+            effort = EFFORTS["thorough"]._replace(kicks=kicks)
+            found, moves = search(heat, before, effort, **terms)
+            worth.append(ratios(heat, found)[0] + price * moves[0])
+        assert worth[1] <= worth[0] + 1e-3
