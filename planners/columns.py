@@ -122,6 +122,15 @@ class Columns:
         return (gain >= min_gain) & (sure[0] >= min_gain)
 
 
+def follow(placement: np.ndarray, columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """`columns` int16[R, S] of `placement` for `wanted`, the same experts in other slots of each
+    rank."""
+    found = np.empty_like(columns)
+    ordered = np.take_along_axis(columns, np.argsort(placement, axis=1), axis=1)
+    np.put_along_axis(found, np.argsort(wanted, axis=1), ordered, axis=1)
+    return found
+
+
 @njit(cache=True, nogil=True)
 def even_senders(placement):
     """The division that an engine makes by itself, int16[layers, R, S], of a valid placement."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..ipc.round import MOST_COLUMNS
 from .check import amount, checked_heat, checked_placement, one_of, tamed, whole
-from .columns import Columns, divided_par
+from .columns import Columns, divided_par, follow
 from .efforts import EFFORTS, effort_of
 from .forecast import DOUBT, forecast
 from .memory import MERGED, Memory, is_alike
@@ -227,11 +227,10 @@ class FlashLB:
         for layer, offer in taken.items():
             wanted[layer], after[layer] = offer.placement, offer.par
         wanted = align_all(window.today, wanted, window.tokens.shape[2])
-        picked = np.array(sorted(taken), np.int64)
         if self._division is not None:
             columns = window.columns.copy()
-            columns[picked] = self._division.planned(window.tokens, wanted[picked], picked)
-            after[picked] = self._measure(window.tokens, wanted[picked], picked, columns[picked])[0]
+            for layer, offer in taken.items():
+                columns[layer] = follow(offer.placement, offer.columns, wanted[layer])
             self._columns = columns.copy()
         if window.noise.any():
             after = self._measure(window.seen, wanted, columns=columns)[0]
@@ -256,7 +255,9 @@ class FlashLB:
     ) -> list[Offer]:
         """For each of `layers` what pays for its moves, best gain per move first."""
         found, moves = self._find(window, layers, terms)
-        columns = self._planned_columns(window.tokens, found, layers)
+        # never worse than uniform routing on the heat that was given, where that is possible at all
+        heat = window.tokens if self.routing == "by_source" else window.seen
+        columns = self._planned_columns(heat, found, layers)
         after, _ = self._measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
@@ -266,6 +267,7 @@ class FlashLB:
             Offer(
                 layer=int(layers[i]),
                 placement=found[i],
+                columns=columns[i],
                 par=float(after[i]),
                 gain=float(gains[i]),
                 moves=int(moves[i]),

@@ -48,13 +48,14 @@ class Window(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A better placement int32[R, S] of one layer.
+    """A better placement int32[R, S] of one layer, and columns int16[R, S] that go with it.
 
     Its PAR on the window, what that gains, the moves it takes, and the PAR it can promise.
     """
 
     layer: int
     placement: np.ndarray
+    columns: np.ndarray
     par: float
     gain: float
     moves: int

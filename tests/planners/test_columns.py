@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_eplb.loaders.routing import chosen_replicas
-from flash_eplb.planners.columns import Columns, divided_par, even_senders
+from flash_eplb.planners.columns import Columns, divided_par, even_senders, follow
 from flash_eplb.planners.flashlb import FlashLB
 
 
@@ -106,3 +106,9 @@ def test_a_layer_that_other_senders_even_out_moves_nothing():
     later = rng.poisson(popularity, (40, 1, 15))
     assert ratios(later, placement, plan.columns)[0] < ratios(later, placement)[0] - 0.05
     assert not policy.plan(later, placement)
+
+
+def test_columns_follow_their_experts_into_other_slots():
+    placement, wanted = np.array([[4, 0, 2], [1, 3, 0]]), np.array([[2, 4, 0], [1, 0, 3]])
+    columns = np.array([[7, 8, 9], [1, 2, 3]], np.int16)
+    assert follow(placement, columns, wanted).tolist() == [[9, 7, 8], [1, 3, 2]]
