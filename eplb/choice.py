@@ -53,6 +53,22 @@ def one_sentence() -> Iterator[None]:
         fail(str(error))
 
 
+@contextlib.contextmanager
+def reaching(session: str) -> Iterator[None]:
+    """End the command with 1 and the reason if the engine of `session` cannot be attached to."""
+    from ..ipc.limits import LimitError
+    from ..ipc.liveness import SegmentError
+
+    try:
+        yield
+    except LimitError as error:
+        typer.echo(f"eplb: {error}", err=True)
+        raise typer.Exit(1) from None
+    except SegmentError as error:
+        typer.echo(f"eplb: no engine in session {session!r}: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:
     """The policy `name`, loaded; the command ends with 2 if there is none.
 

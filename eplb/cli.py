@@ -25,6 +25,7 @@ from .choice import (
     options_of,
     pace_of,
     policy_of,
+    reaching,
     refusal,
 )
 
@@ -181,22 +182,15 @@ def status(session: Session = None) -> None:
 
     Example: eplb status --session a
     """
-    from ..ipc.limits import LimitError
-    from ..ipc.liveness import SegmentError, owner_is_alive
+    from ..ipc.liveness import owner_is_alive
     from ..ipc.names import planner_name
     from ..ipc.status import Field, state_name
     from ..planners.group import Group
 
     config = load(session=session)
-    try:
+    with reaching(config.session):
         there = owner_is_alive(planner_name(config.session))
         group = Group.attach(config.session, writable=False, who="eplb status")
-    except LimitError as error:
-        typer.echo(f"eplb: {error}", err=True)
-        raise typer.Exit(1) from None
-    except SegmentError as error:
-        typer.echo(f"eplb: no engine in session {config.session!r}: {error}", err=True)
-        raise typer.Exit(1) from None
     table = Table("", *(f"rank {n}" for n in range(len(group.ranks))), title=config.session)
     for field in Field:
         values = [rank.status[field] for rank in group.ranks]

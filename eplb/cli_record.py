@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .choice import fail, load
+from .choice import fail, load, reaching
 
 if TYPE_CHECKING:
     from ..planners.follower import Follower
@@ -34,8 +34,6 @@ def record(
 
     Example: eplb record -o recording --seconds 60
     """
-    from ..ipc.limits import LimitError
-    from ..ipc.liveness import SegmentError
     from ..ipc.rank_segment import warmup_reader
     from ..planners.follower import Follower
     from ..planners.group import Group
@@ -45,14 +43,8 @@ def record(
         fail(f"--seconds is {seconds}; it must be at least 0")
     config = load(session=session)
     warmup_reader()
-    try:
+    with reaching(config.session):
         group = Group.attach(config.session, writable=False, who="eplb record")
-    except LimitError as error:
-        typer.echo(f"eplb: {error}", err=True)
-        raise typer.Exit(1) from None
-    except SegmentError as error:
-        typer.echo(f"eplb: no engine in session {config.session!r}: {error}", err=True)
-        raise typer.Exit(1) from None
     ending = _Ending(seconds)
     settings = config.model_dump(mode="json")
     made = recorder_of(output, config.record_mb, config.session, settings, ending.stop)

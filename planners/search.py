@@ -152,11 +152,9 @@ def _search(layer, today, effort, terms, found):
     if terms.today:
         best = from_today(layer, effort, terms, best, found)
     if terms.scratch:
-        best = from_scratch(layer, today, effort, terms, best, found)
+        from_scratch(layer, today, effort, terms, best, found)
     if effort.kicks > 0 and len(today) > 1:
-        settle(layer, found)
-        best = _worth(layer, terms, terms.price)  # it may have been reckoned at the far price
-        kick(layer, effort, terms, best, found)
+        kick(layer, effort, terms, found)
 
 
 @njit(**FAST)
@@ -249,8 +247,10 @@ def from_scratch(layer, today, effort, terms, best, found):
 
 
 @njit(**FAST)
-def kick(layer, effort, terms, best, found):
-    """Disturb `found` and improve it again, `effort.kicks` times; what it is worth then."""
+def kick(layer, effort, terms, found):
+    """Disturb `found` and improve it again, `effort.kicks` times."""
+    settle(layer, found)
+    best = _worth(layer, terms, terms.price)  # whatever price it was found at
     state = np.uint64(88172645463325252)
     for number in range(effort.kicks):
         settle(layer, found)
@@ -261,7 +261,6 @@ def kick(layer, effort, terms, best, found):
             best = _keep_better(layer, terms, terms.price, best, found)
         _improve(layer, effort, terms.price, terms.most_moves, effort.sweeps)
         best = _keep_better(layer, terms, terms.price, best, found)
-    return best
 
 
 @njit(**FAST)
