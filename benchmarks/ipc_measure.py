@@ -13,7 +13,7 @@ import numpy as np
 
 from .ipc_ends import Size, Writer
 from .ipc_peers import KINDS, MEMCPY, OURS, RingWriter
-from .ipc_run import DONE, LONGEST, PeerError, ReaderProcess, Run
+from .ipc_run import DONE, LONGEST, PeerError, ReaderProcess, Run, stamp
 
 BLOCK = 500  # calls of ours, then as many of memcpy
 PACE = 100_000  # nanoseconds from one call to the next; a call that takes longer sets the pace
@@ -81,7 +81,7 @@ class SizeBench:
     def __init__(self, run: Run, size: Size, amount: Amount):
         self._run, self._size, self._amount = run, size, amount
         self._counts = np.random.default_rng(0).integers(0, 4096, size.shape, np.int32)
-        self._stamp = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._writers: dict[str, Writer] = {}
         self.cells = {name: Cell(name, size) for name in (OURS, MEMCPY, *KINDS)}
 
@@ -151,8 +151,8 @@ class SizeBench:
         """Microseconds of each call; between two calls the thread yields but does not sleep."""
         counts, clock, sleep = self._counts, time.perf_counter_ns, time.sleep
         times = np.empty(calls, np.int64)
-        for call, stamp in zip(range(calls), self._stamp, strict=False):
-            counts[0, 0] = counts[-1, -1] = stamp
+        for call, number in zip(range(calls), self._numbers, strict=False):
+            stamp(counts, number)
             begin = clock()
             write(counts)
             times[call] = clock() - begin
@@ -163,7 +163,7 @@ class SizeBench:
     def _throughput(self, name: str) -> None:
         write, kind = self._writers[name].write, KINDS[name]
         wanted = int(self._amount.records * kind.records * _lightness(self._size))
-        first = next(self._stamp)
+        first = next(self._numbers)
         with self._reader.counting(name, first, wanted) as answers:
             began = time.monotonic_ns()
             self._write_until_done(write, first, None if kind.overwrites else wanted)
@@ -177,12 +177,12 @@ class SizeBench:
         deadline = time.monotonic() + LONGEST
         written = 0
         while not words[DONE] and written != limit:
-            counts[0, 0] = counts[-1, -1] = first + written
+            stamp(counts, first + written)
             write(counts)
             written += 1
             if not written % 1024 and time.monotonic() > deadline:
                 break
-        self._stamp = itertools.count(first + written)
+        self._numbers = itertools.count(first + written)
         while not words[DONE] and time.monotonic() < deadline:
             time.sleep(0.0005)
 
@@ -191,8 +191,8 @@ class SizeBench:
         assert isinstance(ring, RingWriter)
         records = int(self._amount.records * KINDS[OURS].records * _lightness(self._size))
         began = time.monotonic_ns()
-        for stamp in range(records):
-            self._counts[0, 0] = self._counts[-1, -1] = stamp
+        for number in range(records):
+            stamp(self._counts, number)
             ring.copy(self._counts)
         self.cells[MEMCPY].rates.append(records / (time.monotonic_ns() - began) * 1e9)
 

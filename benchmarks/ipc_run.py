@@ -24,6 +24,7 @@ from .ipc_peers import KINDS
 CONTEXT = mp.get_context("spawn")
 STOP, DONE = 0, 1  # words that both processes see
 LONGEST = 120.0  # seconds that an answer of the reader may take
+_DIGIT = 4096  # of the numbers of records: as large as a count
 
 
 class PeerError(Exception):
@@ -221,16 +222,21 @@ def _count(words: Any, reader: Reader, first: int, wanted: int) -> tuple[int, in
 
 
 def _check(record: np.ndarray, sent: np.ndarray) -> None:
-    if not np.array_equal(record.ravel()[1:-1], sent.ravel()[1:-1]):
+    if not np.array_equal(record.ravel()[2:-2], sent.ravel()[2:-2]):
         raise PeerError("what was received is not what was written")
 
 
+def stamp(counts: np.ndarray, number: int) -> None:
+    """Write the number of a record to its first two and its last two cells, as counts might be."""
+    counts[0, :2] = counts[-1, -2:] = divmod(number, _DIGIT)
+
+
 def _stamps(records: np.ndarray) -> np.ndarray:
-    """The numbers of the records, which stand in their first and in their last cell."""
-    stamps = records[:, 0, 0]
-    if not np.array_equal(stamps, records[:, -1, -1]):
+    """The numbers of the records; see `stamp`."""
+    digits = records[:, 0, :2]
+    if not np.array_equal(digits, records[:, -1, -2:]):
         raise PeerError("a record was torn")
-    return stamps
+    return digits @ (_DIGIT, 1)
 
 
 def ignore_interrupts() -> None:

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -75,6 +76,48 @@ def copy_in(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
 def copy_out(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
     """Fill the contiguous array `cells` with what begins at `words[index]`, by one memcpy."""
     return types.void(words, types.intp, cells), functools.partial(_copy, into_words=False)
+
+
+def _each_count(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """For each cell of the array args[2], pointers to it and to its uint16 in the words."""
+    cells = context.make_array(signature.args[2])(context, builder, args[2])
+    short = ir.IntType(16)
+    halves = builder.bitcast(_word_pointer(context, builder, signature, args), short.as_pointer())
+    with cgutils.for_range(builder, cells.nitems) as loop:
+        yield (
+            cgutils.gep(builder, cells.data, loop.index),
+            cgutils.gep(builder, halves, loop.index),
+        )
+
+
+@intrinsic
+def narrow_in(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
+    """Copy the contiguous int32 `cells` to where `words[index]` begins, as uint16.
+
+    Returns the bits that are set in any of them: above the lower 16 there must be none.
+    """
+
+    def codegen(context, builder, signature, args):
+        seen = cgutils.alloca_once_value(builder, ir.IntType(32)(0))
+        for cell, half in _each_count(context, builder, signature, args):
+            count = builder.load(cell)
+            builder.store(builder.or_(builder.load(seen), count), seen)
+            builder.store(builder.trunc(count, ir.IntType(16)), half)
+        return builder.load(seen)
+
+    return types.int32(words, types.intp, cells), codegen
+
+
+@intrinsic
+def widen_out(typingctx, words, index, cells):  # type: ignore[no-untyped-def]
+    """Fill the contiguous int32 `cells` with the uint16 that begin at `words[index]`."""
+
+    def codegen(context, builder, signature, args):
+        for cell, half in _each_count(context, builder, signature, args):
+            builder.store(builder.zext(builder.load(half), ir.IntType(32)), cell)
+        return context.get_dummy_value()
+
+    return types.void(words, types.intp, cells), codegen
 
 
 fence_acquire = _fence("acquire")

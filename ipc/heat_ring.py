@@ -7,8 +7,11 @@ word read 2i+2 before and after the copy, and counts it as lost otherwise, so a 
 torn and a loss is never silent. A writer that dies in a record leaves the head where it was.
 
     word 0            head: records written so far
-    from byte 64 on   slots: 8 words (sequence, step, time, tokens, flags, epoch, span, -), then
-                      int32[layers, columns]
+    from byte 64 on   slots: 8 words (sequence, step, time, tokens, flags, epoch, span, bits), then
+                      uint16[layers, columns] if `bits` says so, else int32[layers, columns]
+
+Counts of a step seldom need more than 16 bits. Half the bytes take little more than half the time
+to write, and leave more of the cache to the engine.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from .atomics import (
     fence_acquire,
     fence_release,
     load_acquire,
+    narrow_in,
+    widen_out,
 )
 from .segment import ALIGNMENT, aligned
 
@@ -39,7 +44,7 @@ each record of it, and copy them all in vain."""
 
 _SLOT_WORDS = 8
 _FIRST = ALIGNMENT // 8
-_STEP, _TIME, _TOKENS, _FLAGS, _EPOCH, _SPAN = 1, 2, 3, 4, 5, 6
+_STEP, _TIME, _TOKENS, _FLAGS, _EPOCH, _SPAN, _BITS = 1, 2, 3, 4, 5, 6, 7
 _FIELDS = 6
 
 
@@ -74,8 +79,13 @@ def _push(words, slot, index, step, time, tokens, flags, epoch, span, counts):
     words[slot + _EPOCH] = epoch
     words[slot + _SPAN] = span
     # crash point: ring.named
-    copy_in(words, slot + _SLOT_WORDS, counts)
+    bits = 16
+    if narrow_in(words, slot + _SLOT_WORDS, counts) >> 16:
+        # crash point: ring.narrowed
+        bits = 32
+        copy_in(words, slot + _SLOT_WORDS, counts)
     # crash point: ring.copied
+    words[slot + _BITS] = bits
     _store_release(words, slot, 2 * index + 2)
     # crash point: ring.even
     _store_release(words, 0, index + 1)
@@ -97,7 +107,10 @@ def _read(words, slot_words, slots, cursor, meta, heat):
         if _load_acquire(words, slot) == 2 * cursor + 2:
             for field in range(_FIELDS):
                 meta[found, field] = words[slot + _STEP + field]
-            copy_out(words, slot + _SLOT_WORDS, heat[found])
+            if words[slot + _BITS] == 16:
+                widen_out(words, slot + _SLOT_WORDS, heat[found])
+            else:
+                copy_out(words, slot + _SLOT_WORDS, heat[found])
             fence_acquire()
             if _load_acquire(words, slot) == 2 * cursor + 2:
                 found += 1
@@ -167,9 +180,10 @@ class HeatRing:
             span: steps that `counts` sums up.
 
         Raises:
-            ValueError: `counts` is not of the record's size; it would run into the next slot.
+            ValueError: `counts` is not of the record's size or type.
         """
-        if counts.nbytes != self._counts_bytes or not counts.flags.c_contiguous:
+        is_whole = counts.nbytes == self._counts_bytes and counts.flags.c_contiguous
+        if not is_whole or counts.dtype != np.int32:
             raise ValueError(
                 f"counts are {counts.dtype}{list(counts.shape)}; a record holds contiguous "
                 f"int32{[self.layers, self.columns]}"

@@ -37,7 +37,7 @@ from .liveness import (
 )
 from .session import remove_dead, session_lock
 
-LAYOUT = 6
+LAYOUT = 7
 """Version of everything that lies in a segment or beside it; a reader of another one refuses it."""
 
 _MAGIC = int.from_bytes(b"FLSHEPLB", "little")

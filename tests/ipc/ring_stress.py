@@ -101,7 +101,8 @@ def field_of(number, field, ring):
 
 
 def cell_of(number, place, ring):
-    return np.int32(number * 0x9E3779B1 + place + (ring << 24))  # an odd factor: one to one
+    cell = np.int32(number * 0x9E3779B1 + place + (ring << 24))  # an odd factor: one to one
+    return cell if number % 3 else np.int32(cell & 0xFFFF)  # that is written in half the bytes
 
 
 _field_of, _cell_of = njit(field_of), njit(cell_of)

@@ -78,7 +78,7 @@ def test_a_reader_acquires_and_fences_between_its_copy_and_its_second_look():
     (fence,) = found(lines, "fence acquire")
     again = min(line for line in found(lines, LOAD) if line > fence)
     assert copy < fence
-    assert not found(lines[copy + 1 : again], r"load|store|call|br |^\S+:")
+    assert not found(lines[fence + 1 : again], r"load|store|call|br |^\S+:")
 
 
 def test_the_board_is_written_between_two_releases():

@@ -86,9 +86,32 @@ def test_a_record_holds_every_field():
     assert records.heat.dtype == np.int32
 
 
+@pytest.mark.parametrize("last", [0, 1, 2**16 - 1, 2**16, 2**31 - 1, -1, -(2**16), -(2**31)])
+def test_a_count_of_any_size_comes_back(last):
+    ring = HeatRing(body(2, 9, 2), 2, 9, 2)
+    heat = np.zeros((2, 9), np.int32)
+    heat[1, 8] = last
+    for number in (1, 2, 3):  # the third where the first one was, of the same bytes or of half
+        heat[0, 0] = number
+        ring.push(number, 0, 0, 0, 0, heat)
+        assert (ring.read().heat[0] == heat).all()
+        ring.push(number, 0, 0, 0, 0, heat % 2**16)
+        assert (ring.read().heat[0] == heat % 2**16).all()
+
+
+def test_small_counts_take_half_the_bytes():
+    memory = body(1, 64, 1)
+    HeatRing(memory, 1, 64, 1).push(1, 1, 1, 1, 1, np.full((1, 64), 2**16 - 1, np.int32), 1)
+    counts = memory[ALIGNMENT + 64 :]
+    assert (counts[:128] == 255).all()
+    assert not counts[128:].any()
+
+
 @pytest.mark.parametrize(
     ("counts", "found"),
     [
+        (np.zeros((2, 3), np.uint32), r"uint32\[2, 3\]"),
+        (np.zeros((2, 3), np.float32), r"float32\[2, 3\]"),
         (np.zeros((2, 4), np.int32), r"int32\[2, 4\]"),
         (np.zeros((2, 2), np.int32), r"int32\[2, 2\]"),
         (np.zeros((2, 3), np.int64), r"int64\[2, 3\]"),
