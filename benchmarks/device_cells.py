@@ -20,10 +20,11 @@ from flash_eplb.collectors.heat import HeatCollector
 from flash_eplb.device import Device, device_of
 from flash_eplb.ipc.heat_ring import HeatRing
 from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders.copies import Copies, copy_rows
 from flash_eplb.loaders.digest import digests, row_digest
 from flash_eplb.loaders.errand import Errand
 from flash_eplb.loaders.stager import Stager
-from flash_eplb.loaders.staging import Staging, copy_rows, slot_views
+from flash_eplb.loaders.staging import Staging, slot_views
 from flash_eplb.loaders.vllm_engine import VllmEngine
 
 Figures = dict[str, Any]
@@ -197,12 +198,13 @@ def commit(sizes: Sizes, device: torch.device) -> Figures:
     rows = Staging([weights], sizes.rows)
     live = [view for slot in range(sizes.rows) for view in slot_views(weights, slot)]
     staged = [view for row in range(sizes.rows) for view in rows.views(row, 0)]
+    copies = Copies(live, staged)
     clock = Clock(device)
     host, on_device = [], []
     for _ in range(30):
         _finish(device)
         first, begun = clock.mark(), time.perf_counter()
-        copy_rows(live, staged)
+        copies.run()
         host.append(time.perf_counter() - begun)
         on_device.append(clock.between(first, clock.mark()))
     milliseconds = float(np.median(on_device))

@@ -105,18 +105,18 @@ class PlanQueue:
         if not 0 < waiting <= SLOTS:
             self._skip(waiting)
         # crash point: queue.get.begin
-        slot = self._slots[self._tail % SLOTS].tobytes()
+        slot = self._slots[self._tail % SLOTS]
+        version, length, crc, _ = _PREFIX.unpack_from(slot)
+        record = slot[_PREFIX.size :][:length].tobytes()
         # crash point: queue.get.slot
         self._tail += 1
         store_release(self._words, _TAIL, self._tail)
         # crash point: queue.get.tail
-        version, length, crc, _ = _PREFIX.unpack_from(slot)
         if version != RECORD_VERSION:
             raise RoundError(
                 f"record version {version}, this loader reads {RECORD_VERSION}; "
                 "run the same flash_eplb in the workers and the planner"
             )
-        record = slot[_PREFIX.size : _PREFIX.size + length]
         if len(record) != length or zlib.crc32(record) != crc:
             raise RoundError("its checksum does not fit")
         return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,8 @@ from .patrol import Beat
 
 if TYPE_CHECKING:
     import torch
+
+    from .copies import Copies
 
 Tables = Callable[[], "tuple[list[torch.Tensor], list[torch.Tensor]]"]
 
@@ -48,8 +50,7 @@ class Result:
         changed: whether that was so in the live weights themselves.
         received_bytes: from other ranks.
         staged_ns: monotonic clock when its rows were staged and proved; 0 if they are not.
-        live, staged: what a commit copies, one for one: the slots to be written and the rows that
-            go there, the engine's tables and their values.
+        copies: what a commit copies: rows to slots, values to the engine's tables.
     """
 
     identity: int
@@ -58,15 +59,12 @@ class Result:
     changed: bool = False
     received_bytes: int = 0
     staged_ns: int = 0
-    live: list[torch.Tensor] = field(default_factory=list)
-    staged: list[torch.Tensor] = field(default_factory=list)
+    copies: Copies | None = None
 
     def commit(self) -> None:
         """Main thread, between two steps: write what was staged over what is live."""
-        if self.live:
-            from .staging import copy_rows
-
-            copy_rows(self.live, self.staged)
+        if self.copies is not None:
+            self.copies.run()
 
 
 def my_rows(moves: np.ndarray, rank: int) -> list[int]:

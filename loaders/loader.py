@@ -17,7 +17,6 @@ that start are those that bring the experts back to where the engine's loader wr
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +35,8 @@ from .stager_pool import StagerPool
 from .vote import Ballot, Outcome, Vote, reason_to_stop
 
 if TYPE_CHECKING:
+    import torch
+
     from .engine import Engine
 
 log = logging.getLogger("flash_eplb.loader")
@@ -149,7 +150,8 @@ class Loader:
         Args:
             placement: int32 [layers, ranks, slots], with the experts of now on every rank.
         """
-        from .staging import copy_rows, reorder_slots
+        from .copies import copy_rows
+        from .staging import reorder_slots
 
         layers = np.flatnonzero((placement != self.placement).any(axis=(1, 2)))
         for layer in layers:
@@ -342,12 +344,11 @@ class Loader:
         assert active is not None
         self._begins_later = False
         self._times.begin()
-        tables = functools.partial(
-            self._engine.tables,
-            active.round.changed_layers(),
-            active.after,
-            active.round.column_array(),
-        )
+
+        def tables() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            layers, columns = active.round.changed_layers(), active.round.column_array()
+            return self._engine.tables(layers, active.after, columns)
+
         self._stagers.begin(active.identity, active.moves, self._transport_epoch, tables)
 
     def _commit(self) -> None:

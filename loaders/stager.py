@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ..device import Event, device_of
+from .copies import Copies
 from .digest import row_digest
 from .errand import Errand, Result, my_rows
 from .patrol import Beat
@@ -172,7 +173,7 @@ class Stager:
             parts, values = errand.tables()
             live, staged = live + parts, staged + values
         received = sum(view.nbytes for parcel in arriving for view in parcel.views)
-        return Result(errand.identity, received_bytes=received, live=live, staged=staged)
+        return Result(errand.identity, received_bytes=received, copies=Copies(live, staged))
 
     def _source(self, move: np.void) -> list[torch.Tensor]:
         return slot_views(self._weights[int(move["layer"])], int(move["source_slot"]))

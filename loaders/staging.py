@@ -78,15 +78,6 @@ def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def copy_rows(live: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
-    """Write what was staged over what is live, one for one; in one call where a device has it."""
-    if live and live[0].device.type == "npu":
-        for target, source in zip(live, staged, strict=True):
-            target.copy_(source)
-    elif live:
-        torch._foreach_copy_(live, staged)
-
-
 def reorder_slots(layer: Sequence[Stack], before: np.ndarray, after: np.ndarray) -> None:
     """Exchange the slots of the experts of one rank, in place, with room for one of them.
 

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.cuda_ipc import CudaIpc
-from flash_eplb.loaders.staging import Staging, copy_rows, slot_views
+from flash_eplb.loaders.staging import Staging, slot_views
 from flash_eplb.loaders.transport import Parcel, PeerToPeer
 
 LAYERS, SLOTS = 3, 4

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.errand import Errand, Result, my_rows
 from flash_eplb.loaders.vote import Ballot, Outcome, to_outcome, to_words
 
@@ -128,7 +129,8 @@ class SimulatedStager:
         if self.transfer.errand.tables is not None and not error:
             parts, values = self.transfer.errand.tables()
             live, staged = live + parts, staged + values
-        self.result = Result(self.transfer.errand.identity, error, live=live, staged=staged)
+        copies = Copies(live, staged)
+        self.result = Result(self.transfer.errand.identity, error, copies=copies)
         self.busy = self.is_hung = False
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape, run_alone
-from flash_eplb.loaders.staging import copy_rows
 
 GROUP = Path(__file__).with_name("moe_group.py")
 SHAPE = MoeShape(layers=4, experts=6, ranks=1, slots=9)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_eplb.loaders import digest as digest_module
+from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.digest import device_digest, digests, row_digest
-from flash_eplb.loaders.staging import Staging, copy_rows, reorder_slots, row_bytes, slot_views
+from flash_eplb.loaders.staging import Staging, reorder_slots, row_bytes, slot_views
 
 DTYPES = [
     torch.float32,

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from flash_eplb.loaders.staging import copy_rows
+from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.vllm_engine import VllmEngine
 
 EXPERTS, RANKS, SLOTS = 4, 2, 3

@@ -1,0 +1,95 @@
+"""What a commit copies between two steps: prepared by the stager, so that little is left to do.
+
+On the CPU a round is hundreds of small tensors, and torch takes longer to be called for each than
+to copy it. Their addresses are gathered beforehand, and one compiled loop copies them all. Large
+tensors are left to torch, which copies them with all its threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+SMALL = 128 << 10
+"""Bytes up to which a tensor is copied by one thread: more of them take longer to start."""
+
+
+@intrinsic
+def _memcpy(typingctx, target, source, size):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        to, since = (builder.inttoptr(address, byte) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, since, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+# Compiled when it is imported, which is before the first step; and with the GIL kept, for a thread
+# that takes it meanwhile may keep it longer than the copies last.
+@njit("void(int64[:, ::1])", cache=True)
+def _copy(pieces: np.ndarray) -> None:
+    for i in range(len(pieces)):
+        _memcpy(pieces[i, 0], pieces[i, 1], pieces[i, 2])
+
+
+class Copies:
+    """Tensors to be written and what goes there, one for one; they must not overlap.
+
+    Args:
+        live: the slots to be written, the engine's tables.
+        staged: the rows that go there, the values of the tables.
+    """
+
+    def __init__(self, live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]):
+        self.pairs = list(zip(live, staged, strict=True))
+        pieces = [_pieces(target, source) for target, source in self.pairs]
+        self._pieces = np.concatenate([np.empty((0, 3), np.int64), *(p for p in pieces if len(p))])
+        self._rest = [pair for pair, p in zip(self.pairs, pieces, strict=True) if not len(p)]
+
+    def run(self) -> None:
+        """Write them all; on a device the copies are issued, in one call where it has it."""
+        _copy(self._pieces)
+        if self._rest and self._rest[0][0].device.type == "npu":
+            for target, source in self._rest:
+                target.copy_(source)
+        elif self._rest:
+            targets, sources = zip(*self._rest, strict=True)
+            torch._foreach_copy_(targets, sources)
+
+
+def copy_rows(live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]) -> None:
+    """Write what was staged over what is live, one for one."""
+    Copies(live, staged).run()
+
+
+def _pieces(target: torch.Tensor, source: torch.Tensor) -> np.ndarray:
+    """int64[n, 3]: addresses to copy to and from, and bytes; none if it is torch's to copy.
+
+    A table [experts, columns] may be a part of wider rows.
+    """
+    if (
+        target.device.type != "cpu"
+        or source.device.type != "cpu"
+        or target.dtype != source.dtype
+        or target.shape != source.shape
+        or target.nbytes > SMALL
+    ):
+        return np.empty((0, 3), np.int64)
+    rows, size = 1, target.nbytes
+    if not (target.is_contiguous() and source.is_contiguous()):
+        if target.dim() != 2 or target.stride(1) != 1 or source.stride(1) != 1:
+            return np.empty((0, 3), np.int64)
+        rows, size = len(target), size // max(1, len(target))
+    pieces = np.empty((rows, 3), np.int64)
+    for column, tensor in enumerate((target, source)):
+        step = tensor.stride(0) * tensor.element_size() if rows > 1 else 0
+        pieces[:, column] = tensor.data_ptr() + step * np.arange(rows)
+    pieces[:, 2] = size
+    return pieces

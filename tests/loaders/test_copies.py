@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_eplb.loaders.copies import SMALL, Copies, copy_rows
+
+DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int64]
+
+
+def filled(shape, dtype, seed):
+    size = int(np.prod(shape))
+    cells = np.random.default_rng(seed).integers(0, 2, (max(1, size), dtype.itemsize), np.uint8)
+    return torch.from_numpy(cells).view(dtype).ravel()[:size].reshape(shape)
+
+
+@st.composite
+def pairs(draw):
+    """A tensor to be written within a larger one, and what goes there: views of many kinds."""
+    dtype = draw(st.sampled_from(DTYPES))
+    rows, columns = draw(st.integers(0, 5)), draw(st.integers(0, 9))
+    kind = draw(st.sampled_from(["flat", "whole", "part of rows", "turned", "large"]))
+    if kind == "large":
+        rows, columns = 3, SMALL // dtype.itemsize // 2
+    around = filled((rows + 2, columns + 3), dtype, draw(st.integers(0, 9)))
+    source = filled((rows, columns), dtype, draw(st.integers(10, 19)))
+    target = around[1 : rows + 1, 2 : columns + 2]
+    if kind == "flat":
+        return around, around[1, 1 : columns + 1], filled((columns,), dtype, 20)
+    if kind == "whole":
+        return around, around, filled(around.shape, dtype, 21)
+    if kind == "turned":
+        return around, target.t(), source.t()
+    return around, target, source
+
+
+@given(st.lists(pairs(), max_size=6))
+def test_exactly_what_is_to_be_written_is_written(cases):
+    expected = []
+    for around, target, source in cases:
+        copy = around.clone()
+        place = copy.as_strided(target.shape, target.stride(), target.storage_offset())
+        place.copy_(source)
+        expected.append(copy)
+    copy_rows([target for _, target, _ in cases], [source for *_, source in cases])
+    for (around, *_), copy in zip(cases, expected, strict=True):
+        assert torch.equal(around, copy)
+
+
+def test_the_values_of_the_commit_are_written_not_those_of_its_preparation():
+    live, staged = torch.zeros(8), torch.zeros(8)
+    copies = Copies([live], [staged])
+    staged += 1
+    copies.run()
+    assert (live == 1).all()
+
+
+def test_what_is_to_be_copied_lives_as_long_as_its_addresses_are_kept():
+    def prepared():
+        return Copies([live], [torch.full((4096,), 7, dtype=torch.uint8)])
+
+    live = torch.zeros(4096, dtype=torch.uint8)
+    copies = prepared()
+    others = [torch.full((4096,), 9, dtype=torch.uint8) for _ in range(100)]
+    copies.run()
+    assert (live == 7).all()
+    assert len(others) == 100
+
+
+def test_small_tensors_and_rows_of_tables_are_not_left_to_torch(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a call of torch")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", refuse)
+    table, flat = torch.full((4, 1024), -1), torch.zeros(SMALL, dtype=torch.uint8)
+    copy_rows([table[:, :3], flat], [torch.ones((4, 3), dtype=torch.int64), flat + 1])
+    assert (table[:, :3] == 1).all()
+    assert (table[:, 3:] == -1).all()
+    assert (flat == 1).all()
+
+
+def test_another_dtype_is_converted():
+    live = torch.zeros(3, dtype=torch.int32)
+    copy_rows([live], [torch.tensor([1, 2, 3])])
+    assert live.tolist() == [1, 2, 3]
+
+
+def test_as_many_must_go_as_are_written():
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        Copies([torch.zeros(1)], [])
