@@ -17,7 +17,7 @@ from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
 from .runners import Flag, follow_warm_up
-from .support import unsupported_anywhere
+from .support import may_sleep, unsupported_anywhere
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _configs() -> tuple[Any, Any, bool, bool]:
         getattr(config, "parallel_config", None),
         None if module is None else module.get_ascend_config(),
         getattr(model, "runner_type", None) == "pooling",
-        getattr(model, "enable_sleep_mode", False),
+        may_sleep(config),
     )
 
 

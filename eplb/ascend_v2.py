@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import balanced
 from .ascend import WORKER, unsupported_group
 from .runners import follow_runner_v2, follow_warm_up
+from .support import may_sleep
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ def reason(parallel_config: Any = None, *args: Any, **kwargs: Any) -> str:
         return f"this version of vLLM-Ascend has no {ROUTING}.{BUILD_TABLE}"
     from vllm.config import get_current_vllm_config_or_none
 
-    model = getattr(get_current_vllm_config_or_none(), "model_config", None)
-    sleeps = getattr(model, "enable_sleep_mode", False)
-    return unsupported_group(parallel_config, sleeps=sleeps)
+    return unsupported_group(parallel_config, sleeps=may_sleep(get_current_vllm_config_or_none()))
 
 
 def unrouted(states: list[Any]) -> str:

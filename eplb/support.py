@@ -72,6 +72,12 @@ def unsupported_anywhere(parallel_config: Any, sleeps: bool = False) -> str:
     return ""
 
 
+def may_sleep(vllm_config: Any) -> bool:
+    """Whether the engine may be put to sleep; `vllm_config` may be None."""
+    model = getattr(vllm_config, "model_config", None)
+    return bool(getattr(model, "enable_sleep_mode", False))
+
+
 def unsupported_model(states: list[Any], ranks: int) -> str:
     """Why registered models (vLLM's `EplbModelState`s) cannot be balanced; empty if they can."""
     if not states:

@@ -183,7 +183,7 @@ class Loader:
 
     def stop_looking(self) -> None:
         """No stager's answer counts from now on that has not come yet; nothing is under way."""
-        self._stagers.give_up()
+        self._guard(self._stagers.give_up)
 
     @property
     def free_rows(self) -> int:
