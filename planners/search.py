@@ -23,6 +23,9 @@ SCORED = 8
 CAUTION = 0.004
 """PAR that a slack of 2 must win over one of 1: heavier replicas suffer more when heat changes."""
 
+TELLING = 8
+"""Episodes that show how heat changes; with fewer there is as much more caution."""
+
 STRONGEST = 24
 """Kicks differ by the number of exchanges, up to this many."""
 
@@ -300,6 +303,7 @@ def _count_vectors(layer, effort):
         for t in range(episodes):
             squares += (layer.heat[expert, t] - layer.mean[expert]) ** 2
         spread[expert] = np.sqrt(squares / episodes)
+    caution = np.float32(CAUTION * max(1.0, TELLING / episodes))
     most = len(effort.deviations) * len(effort.slacks)
     vectors = np.empty((most, experts), np.int32)
     scores = np.empty(most, np.float32)
@@ -316,7 +320,7 @@ def _count_vectors(layer, effort):
                 known |= _are_equal(vectors[i], counts)
             if not known:
                 vectors[n] = counts
-                cautions[n] = np.float32(CAUTION) * (slack - 1)
+                cautions[n] = caution * (slack - 1)
                 scores[n] = place(merged, counts, ranks, slots)[1] + cautions[n]
                 n += 1
     order = np.argsort(scores[:n])[: effort.starts]
