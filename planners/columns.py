@@ -14,9 +14,13 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
+from .forecast import DOUBT
 from .par import slot_shares
 from .routing import even_columns, weigh_layer
 from .window import Window
+
+ROUNDING = 1e-6
+"""PAR by which two divisions may differ that are equally good."""
 
 
 class Columns:
@@ -58,6 +62,24 @@ class Columns:
         self._spread(work, np.arange(len(layers)))
         return columns
 
+    def proved(self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray) -> np.ndarray:
+        """As `planned`, but an engine's own division where chance may explain what is won over it.
+
+        A division from the older half of the episodes must win on the newer half, if there are
+        halves.
+        """
+        columns = self.planned(tokens, placement, layers)
+        half = len(tokens) // 2
+        older, newer = tokens[:half], tokens[half:]
+        if older.any() and newer.any():
+            tried, even = self.planned(older, placement, layers), self.initial(placement)
+            gains = divided_par(newer, placement, layers, even)
+            gains -= divided_par(newer, placement, layers, tried)
+            error = gains.std(axis=0) / math.sqrt(len(gains))
+            chance = gains.mean(axis=0) <= DOUBT * error
+            columns[chance] = even[chance]
+        return columns
+
     def measure(
         self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray, columns: np.ndarray
     ) -> np.ndarray:
@@ -78,7 +100,8 @@ class Columns:
         """Layers to be given another division without a move; `window` has it from now on.
 
         That is those of which nobody knows the division that the engine has, for it has had a
-        planner before or a plan was not carried out, and those that it improves clearly.
+        planner before or a plan was not carried out, those that it improves clearly, and those
+        whose own has become worse than that of an engine by itself, which they get again.
 
         Args:
             window: with the columns of today.
@@ -93,9 +116,22 @@ class Columns:
         unknown = ~window.kept & (ranks * slots > experts)
         layers = np.flatnonzero(unknown | (now > 1 + min_excess))
         found = self.planned(window.seen, window.today[layers], layers)
-        chosen = unknown[layers] | self._wins(window, now, layers, found, min_gain)
-        window.columns[layers[chosen]] = found[chosen]
-        return layers[chosen]
+        wins = self._wins(window, now, layers, found, min_gain)
+        window.columns[layers[wins]] = found[wins]
+        chosen = layers[wins | unknown[layers]]
+        return np.union1d(chosen, self.give_up(window.seen, window.today, window.columns))
+
+    def give_up(self, tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Layers whose `columns` are worse than an engine's own, which they have from now on."""
+        even = self.initial(placement)
+        layers = np.flatnonzero((columns != even).any(axis=(1, 2)))
+        here = placement[layers]
+        planned, by_itself = (
+            self.measure(tokens, here, layers, ways[layers])[0] for ways in (columns, even)
+        )
+        worse = layers[planned > by_itself + ROUNDING]
+        columns[worse] = even[worse]
+        return worse
 
     def _wins(
         self,
@@ -107,18 +143,21 @@ class Columns:
     ) -> np.ndarray:
         """Which of `layers` the divisions `found` improve by `min_gain`, bool[n].
 
-        A division from the older half of the window must do so on the newer half, too.
+        A division from the older half of the window must do so on the newer half, too, if there
+        are halves.
         """
+        today, columns = window.today[layers], window.columns[layers]
+        gain = now[layers] - self.measure(window.seen, today, layers, found)[0]
         half = len(window.seen) // 2
+        if not half:
+            return gain >= min_gain
         older, newer = window.seen[:half], window.seen[half:]
         if not older.any() or not newer.any():
             return np.zeros(len(layers), np.bool_)
-        today, columns = window.today[layers], window.columns[layers]
         tried = self.planned(older, today, layers)
         sure = self.measure(newer, today, layers, columns) - self.measure(
             newer, today, layers, tried
         )
-        gain = now[layers] - self.measure(window.seen, today, layers, found)[0]
         return (gain >= min_gain) & (sure[0] >= min_gain)
 
 

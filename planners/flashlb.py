@@ -39,6 +39,9 @@ BEYOND_NOISE = 2.0
 """Standard errors above `min_gain` that a gain must be where counts are largely chance; twice as
 many if the layer has no promise, for a planner that starts must not undo what is there."""
 
+NEWEST = 8
+"""Episodes, the newest, on which a plan can be confirmed if the heat has changed before them."""
+
 PARTS = 8
 """Layers whose plan does not fit `max_moves` that are searched again with what is left."""
 
@@ -231,6 +234,7 @@ class FlashLB:
             columns = window.columns.copy()
             for layer, offer in taken.items():
                 columns[layer] = follow(offer.placement, offer.columns, wanted[layer])
+            self._division.give_up(window.seen, wanted, columns)
             self._columns = columns.copy()
         if window.noise.any():
             after = self._measure(window.seen, wanted, columns=columns)[0]
@@ -257,7 +261,9 @@ class FlashLB:
         found, moves = self._find(window, layers, terms)
         # never worse than uniform routing on the heat that was given, where that is possible at all
         heat = window.tokens if self.routing == "by_source" else window.seen
-        columns = self._planned_columns(heat, found, layers)
+        columns: np.ndarray = np.ones(found.shape, np.int16)
+        if self._division is not None:
+            columns = self._division.proved(heat, found, layers)
         after, _ = self._measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
@@ -293,26 +299,56 @@ class FlashLB:
 
         A plan from the older half of the window must win min_gain on the newer half: by one
         standard error if it wins five times as much, else by three. Its PAR there is what may be
-        expected.
+        expected. Where the heat has changed within the window, the older half is of the past: then
+        the same is asked of the newest episodes alone, of fewer and fewer.
         """
+        newest = len(window.tokens)
+        half = newest // 2
+        if not window.tokens[:half].any() or not window.tokens[half:].any():
+            return offers
+        sure = self._won(window, offers, terms)
+        while newest >= 4 * NEWEST:
+            newest //= 2
+            rest = [offer for offer in offers if offer.layer not in sure]
+            part = window._replace(tokens=window.tokens[-newest:], alike=window.alike & False)
+            sure |= self._won(part, self._changed(window, rest, newest), terms)
+        return [sure[offer.layer] for offer in offers if offer.layer in sure]
+
+    def _won(self, window: Window, offers: list[Offer], terms: Terms) -> dict[int, Offer]:
+        """By layer, the offers that plans from the older half of `window` confirm on the newer."""
+        if not offers:
+            return {}
         half = len(window.tokens) // 2
         layers = np.array([offer.layer for offer in offers], np.int64)
-        older, newer = window.tokens[:half, layers], window.tokens[half:, layers]
-        if not older.any() or not newer.any():
-            return offers
         found, _ = self._find(window._replace(tokens=window.tokens[:half]), layers, terms)
         columns = self._planned_columns(window.tokens[:half], found, layers)
+        newer = window.tokens[half:, layers]
         ratios = _ratios(newer, found, columns)
         gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
         error = gains.std(axis=0) / math.sqrt(len(gains))
         doubt = np.minimum(DOUBT * error, np.maximum(error, 4 * self.min_gain))
         sure = gains.mean(axis=0) - doubt >= self.min_gain
         unseen = ratios.mean(axis=0)
-        return [
-            offer._replace(promise=float(np.clip(unseen[i], offer.par, hoped(offer.par))))
+        return {
+            offer.layer: offer._replace(
+                promise=float(np.clip(unseen[i], offer.par, hoped(offer.par)))
+            )
             for i, offer in enumerate(offers)
             if sure[i]
-        ]
+        }
+
+    def _changed(self, window: Window, offers: list[Offer], newest: int) -> list[Offer]:
+        """The offers of layers whose PAR in the `newest` episodes is clearly above that before."""
+        if not offers:
+            return []
+        layers = np.array([offer.layer for offer in offers], np.int64)
+        tokens = window.tokens[:, layers]
+        ratios = _ratios(tokens, window.today[layers], window.columns[layers])
+        before, now = ratios[:-newest], ratios[-newest:]
+        error = np.sqrt(before.var(axis=0) / len(before) + now.var(axis=0) / len(now))
+        apart = np.abs(now.mean(axis=0) - before.mean(axis=0))
+        changed = apart > np.maximum(DOUBT * error, self.min_gain)
+        return [offer for offer, is_so in zip(offers, changed, strict=True) if is_so]
 
     def _fitting(
         self, window: Window, before: np.ndarray, offers: list[Offer], terms: Terms, room: int

@@ -17,6 +17,9 @@ FAR = 2.0
 STIR = 0.05
 """Share of the tokens that may always go to other experts than in the past."""
 
+LEAVING = 0.01
+"""Share of the tokens by which the newer half may be further from the past than the older."""
+
 
 class Memory:
     """The heat of earlier windows, each episode of half the weight of one `half_life` later.
@@ -63,7 +66,7 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     """Whether the heat of each layer is still what it was, bool[layers].
 
     It is not if its mean over the window has moved away from that of the past by much more than
-    within the window: then plans are better made without the past.
+    within the window, or is on its way: then plans are better made without the past.
 
     Args:
         past: float64[n, layers, experts], of `Memory.recall`.
@@ -71,10 +74,13 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     """
     if not len(past):
         return np.zeros(window.shape[1], np.bool_)
+    before, now = _popularity(past), _popularity(window)
     half = len(window) // 2
-    now = _popularity(window)
-    within = _apart(_popularity(window[:half]), _popularity(window[half:])) if half else 0.0
-    return _apart(_popularity(past), now) <= FAR * within + STIR
+    if not half:
+        return _apart(before, now) <= STIR
+    older, newer = _popularity(window[:half]), _popularity(window[half:])
+    is_near = _apart(before, now) <= FAR * _apart(older, newer) + STIR
+    return is_near & (_apart(before, newer) <= _apart(before, older) + LEAVING)
 
 
 def shares(tokens: np.ndarray) -> np.ndarray:

@@ -170,9 +170,10 @@ def test_a_changed_plan_does_not_change_what_was_promised():
 @pytest.mark.parametrize("routing", ["weighted", "by_source"])
 def test_columns_of_a_placement_that_is_gone_are_not_relied_on(routing):
     rng = np.random.default_rng(5)
-    heat, start = window(rng, zipf(rng, 3, 64, 1.2)) / 2, initial(3, 8, 9, 64)
+    hot_first = np.sort(zipf(rng, 3, 64, 1.2))[:, ::-1]  # the first ones have two replicas
+    heat, start = window(rng, hot_first) / 2, initial(3, 8, 9, 64)
     old, new = (FlashLB(8, 9, routing=routing) for _ in range(2))
-    assert (old.plan(heat, start).columns > 1).any()
+    assert (old.plan(heat, start, max_moves=0).columns > 1).any()
     ours, theirs = (planner.plan(heat, start[:, ::-1]) for planner in (old, new))
     assert_same(ours, theirs)
     assert len(ours.changed) == 3  # each of them gets columns that are known
@@ -193,3 +194,58 @@ def test_weights_that_have_become_wrong_are_seen_and_replaced():
     assert later.rerouted.tolist() == [0]
     assert ratios(even, placement, later.columns)[0] == pytest.approx(1, abs=1e-3)
     assert not planner.plan(even, placement)
+
+
+def abrupt(rng, experts):
+    """Popularity of episodes that is another one from the 100th on."""
+    before, after = zipf(rng, 1, experts, 1)[0], zipf(rng, 1, experts, 1)[0]
+    return np.concatenate([np.tile(before, (100, 1)), np.tile(after, (100, 1))])
+
+
+def fading(rng, experts):
+    """Popularity that becomes more even and less so."""
+    skew = 1 + 0.5 * np.sin(2 * np.pi * np.arange(300) / 300)
+    return zipf(rng, 1, experts, 1)[0] ** skew[:, None]
+
+
+def wandering(rng, experts):
+    """Popularity that walks at random."""
+    steps = 0.02 * rng.normal(size=(300, experts))
+    return zipf(rng, 1, experts, 1)[0] * np.exp(steps.cumsum(axis=0))
+
+
+def followed(popularity, tokens, ranks, slots, seed=0, **settings):
+    """PAR of the 8 episodes after each plan, from windows of 64 that overlap, as a planner's do."""
+    experts = popularity.shape[1]
+    popularity = popularity / popularity.sum(axis=1, keepdims=True)
+    heat = np.random.default_rng(seed).poisson(tokens * popularity)[:, None]
+    planner, placement, found = (
+        FlashLB(ranks, slots, **settings),
+        initial(1, ranks, slots, experts),
+        [],
+    )
+    for now in range(8, len(heat), 8):
+        placement = planner.plan(heat[max(0, now - 64) : now], placement).placement
+        found.append(ratios(heat[now : now + 8], placement).mean())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("family", [abrupt, fading, wandering])
+@pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (16, 9, 128)])
+def test_no_heat_that_changes_is_followed_worse_for_earlier_windows(family, ranks, slots, experts):
+    excess = np.zeros(2)
+    for seed in range(3):
+        popularity = family(np.random.default_rng(seed), experts)
+        for i, half_life in enumerate((64, 0)):
+            par = followed(popularity, 20_000, ranks, slots, half_life=half_life)
+            excess[i] += (par[8:] - 1).mean()
+    assert excess[0] < 1.05 * excess[1]
+
+
+@pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (32, 9, 256), (16, 18, 256)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_abrupt_change_is_followed_before_it_fills_the_window(ranks, slots, experts, seed):
+    par = followed(abrupt(np.random.default_rng(seed), experts), 20_000, ranks, slots)
+    stale = par[12]  # the plan of the 104th episode has seen four of them, which may be a burst
+    assert stale > 1.5
+    assert par[14] < 1 + 0.2 * (stale - 1)  # it has seen 20

@@ -208,3 +208,24 @@ def test_heat_of_any_magnitude_gives_the_same_plans(scale):
             placement = plan.placement
             placements.append(placement)
     np.testing.assert_array_equal(placements[:3], placements[3:])
+
+
+@pytest.mark.parametrize("routing", ["weighted", "by_source"])
+@pytest.mark.parametrize("episodes", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1000, 10**5])
+def test_columns_are_never_worse_than_an_engines_own_however_the_heat_turns(
+    routing, episodes, tokens
+):
+    rng = np.random.default_rng(episodes)
+    planner, placement = FlashLB(8, 9, routing=routing), initial(2, 8, 9, 64)
+    even = planner._division.initial
+    turned = 0
+    turns = [zipf(rng, 2, 64, 1.2) for _ in range(4)]
+    for number in range(12):
+        heat = window(rng, turns[number // 3], episodes, tokens)
+        plan = planner.plan(heat, placement, max_moves=0 if number % 2 else None)
+        turned += len(plan.rerouted)
+        placement = plan.placement
+        ours = ratios(heat, placement, plan.columns)
+        assert (ours <= ratios(heat, placement, even(placement)) + 1e-4).all()
+    assert turned
