@@ -21,6 +21,7 @@ from .columns import Columns, divided_par, follow
 from .efforts import EFFORTS, effort_of
 from .forecast import DOUBT, forecast
 from .memory import MERGED, Memory, is_alike
+from .partway import Going, moves_between, part_of_the_way
 from .plan import Plan, align_all, make_plan, plan_between
 from .promises import Promises, hoped
 from .search import Terms, measure, search_layers
@@ -120,6 +121,7 @@ class FlashLB:
         self.max_layers = None if max_layers is None else whole("max_layers", max_layers, 0)
         self.threads = whole("threads", threads, 1)
         self._memory = Memory(amount("half_life", half_life))
+        self._going = Going()
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
         self._division = None
@@ -178,12 +180,16 @@ class FlashLB:
             max_columns=0 if self.routing == "uniform" else self.max_columns,
             by_source=self.routing == "by_source",
         )
+        going = [] if every_layer else self._still_going(window, before, due, terms)
+        due = np.array([layer for layer in due.tolist() if layer not in self._going], np.int64)
         offers = self._offers(window, before, due, terms)
         if not every_layer:
             offers = [offer for offer in offers if offer.gain >= self.min_gain]
             offers = self._confirmed(window, offers, terms)
+        offers = sorted([*going, *offers], key=lambda offer: -offer.gain / offer.moves)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
         self._promises.remember(offers, taken, every_layer)
+        self._going.remember(offers, taken)
         return self._plan(window, shown, before, taken, rerouted)
 
     def forget(self) -> None:
@@ -252,6 +258,7 @@ class FlashLB:
         if self._division is not None:
             self._columns[~kept] = self._division.initial(today[~kept])
         self._promises.keep(kept)
+        self._going.keep(kept)
         return kept
 
     def _offers(
@@ -350,22 +357,62 @@ class FlashLB:
         changed = apart > np.maximum(DOUBT * error, self.min_gain)
         return [offer for offer, is_so in zip(offers, changed, strict=True) if is_so]
 
+    def _still_going(
+        self, window: Window, before: np.ndarray, due: np.ndarray, terms: Terms
+    ) -> list[Offer]:
+        """What is left of the offers that were carried out in part; they were confirmed then.
+
+        Where the heat has changed another is looked for; where no more is won by what is left, it
+        stays at that.
+        """
+        offers = []
+        for offer in self._going.offers():
+            layer = np.array([offer.layer])
+            par = self._measure(window.tokens, offer.placement[None], layer, offer.columns[None])
+            offer = offer._replace(
+                par=float(par[0, 0]),
+                gain=float(before[offer.layer] - par[0, 0]),
+                moves=moves_between(window.today[offer.layer], offer.placement),
+            )
+            is_worth = offer.moves and offer.gain > FIRST_SHARE * terms.price * offer.moves
+            if offer.layer not in due or offer.par > hoped(offer.promise) + self.min_gain:
+                self._going.drop(offer.layer)
+            elif is_worth:
+                offers.append(offer)
+            else:
+                self._promises.settle(offer.layer, float(before[offer.layer]))
+        return offers
+
+    def _part(self, window: Window, before: np.ndarray, offer: Offer, room: int) -> list[Offer]:
+        """As much of an offer as fits into `room` moves; none if nothing does."""
+        layer, today = offer.layer, window.today[offer.layer]
+        wanted = align_all(today[None], offer.placement[None], window.tokens.shape[2])[0]
+        reached = part_of_the_way(window.tokens, layer, today, wanted, room)
+        moves = moves_between(today, reached)
+        if not moves:
+            return []
+        chosen = np.array([layer])
+        columns: np.ndarray = np.ones((1, *reached.shape), np.int16)
+        if self._division is not None:
+            columns = self._division.proved(window.tokens, reached[None], chosen)
+        par = float(self._measure(window.tokens, reached[None], chosen, columns)[0, 0])
+        gain = float(before[layer]) - par
+        return [
+            offer._replace(placement=reached, columns=columns[0], par=par, gain=gain, moves=moves)
+        ]
+
     def _fitting(
         self, window: Window, before: np.ndarray, offers: list[Offer], terms: Terms, room: int
     ) -> Iterator[Offer]:
-        """The offers that fit `room` moves and max_layers, and parts of some that do not fit.
-
-        A part must win its share of min_gain.
-        """
+        """The offers that fit `room` moves and max_layers, and parts of some that do not fit."""
         layers, tries = 0, PARTS
         for offer in offers:
             parts = [offer]
             if offer.moves > room:
-                near = terms._replace(most_moves=room, scratch=False)
-                chosen = np.array([offer.layer] if room and tries > 0 else [], np.int64)
-                least = 0.0 if window.anew else self.min_gain / offer.moves
-                parts = self._offers(window, before, chosen, near)
-                parts = [part for part in parts if part.gain >= least * part.moves]
+                parts = []
+                if room and tries > 0:
+                    parts = self._part(window, before, offer, room)
+                    parts = parts or self._near(window, before, offer, terms, room)
                 tries -= 1
             for part in parts:
                 if layers == self.max_layers:
@@ -373,6 +420,15 @@ class FlashLB:
                 room -= part.moves
                 layers += 1
                 yield part
+
+    def _near(
+        self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
+    ) -> list[Offer]:
+        """Another offer for that layer, of `room` moves; it must win its share of min_gain."""
+        near = terms._replace(most_moves=room, scratch=False)
+        least = 0.0 if window.anew else self.min_gain / offer.moves
+        found = self._offers(window, before, np.array([offer.layer]), near)
+        return [part for part in found if part.gain >= least * part.moves]
 
     def _find(
         self, window: Window, layers: np.ndarray, terms: Terms
@@ -452,4 +508,6 @@ def warmup() -> None:
         planner.plan(tokens, placement, every_layer=True)
     for routing in ("uniform", "by_source"):
         FlashLB(2, 3, min_excess=0, routing=routing).plan(tokens, placement)
-    make_plan(placement, placement[:, ::-1]).rounds(1)
+    plan = make_plan(placement, placement[:, ::-1])
+    part_of_the_way(tokens.astype(np.float64), 0, plan.before[0], plan.placement[0], 1)
+    plan.rounds(1)

@@ -24,16 +24,14 @@ class Promises:
     def __init__(self, min_excess: float, floor: float, tolerance: float):
         self._min_excess, self._floor, self._tolerance = min_excess, floor, tolerance
         self._promised = np.empty(0)
-        self._aim = np.empty(0)  # of a plan that is carried out in parts, under a limit
         self._untried = np.empty(0, np.bool_)
 
     def keep(self, kept: np.ndarray) -> None:
         """Forget the layers that are not `kept`, bool[layers]; all of them if there are others."""
         if len(self._promised) != len(kept):
             self._promised = np.full(len(kept), np.nan)
-            self._aim = np.full(len(kept), np.nan)
             self._untried = np.zeros(len(kept), np.bool_)
-        self._promised[~kept] = self._aim[~kept] = np.nan
+        self._promised[~kept] = np.nan
 
     @property
     def made(self) -> np.ndarray:
@@ -44,8 +42,7 @@ class Promises:
         """The layers above the floor, and those with an excess and without a promise kept.
 
         What was promised from the window of the plan itself is too good to be kept: what the next
-        window shows takes its place, unless that is far worse. So it does where all parts of a
-        plan have come about.
+        window shows takes its place, unless that is far worse.
 
         Args:
             window: what is planned from.
@@ -53,15 +50,16 @@ class Promises:
             error: float64[layers], its standard error.
         """
         slack = self._tolerance + np.minimum(2 * error, 2 * self._tolerance)
-        there = before <= hoped(self._aim) + slack
-        self._promised[there] = np.maximum(self._aim, before)[there]
-        self._aim[there] = np.nan
         first = self._untried & (before <= hoped(self._promised) + slack)
         self._promised[first] = np.maximum(self._promised, before)[first]
         self._untried[:] = False
         kept = before <= self._promised + slack
         kept &= before <= 1 + self._floor + DOUBT * window.noise
         return np.flatnonzero((before > 1 + self._min_excess) & ~kept)
+
+    def settle(self, layer: int, par: float) -> None:
+        """Nothing more is to be had in a layer that `offers` were carried out in part."""
+        self._promised[layer] = par
 
     def remember(self, offers: list[Offer], taken: dict[int, Offer], every_layer: bool) -> None:
         """Remember what the picked layers can be expected to keep.
@@ -73,7 +71,6 @@ class Promises:
                 continue
             whole = taken[offer.layer] is offer
             self._promised[offer.layer] = offer.promise if whole else np.nan
-            self._aim[offer.layer] = np.nan if whole else offer.promise
             self._untried[offer.layer] = every_layer and whole
 
 

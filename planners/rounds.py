@@ -19,7 +19,7 @@ def schedule(before, placement, layers, rows):
         old = slot_of(before[layer], experts)
         new = slot_of(placement[layer], experts)
         giver, taker = bonds(old, new)
-        units, sizes, cyclic = _units(before[layer], placement[layer], giver, taker, new)
+        units, sizes, cyclic = units_of(before[layer], placement[layer], giver, taker, new)
         for atomic in (True, False):
             start = 0
             for i in range(len(sizes)):
@@ -31,7 +31,7 @@ def schedule(before, placement, layers, rows):
 
 
 @njit(nogil=True, cache=True)
-def _units(before, placement, giver, taker, new):
+def units_of(before, placement, giver, taker, new):
     """The writes as rank * slots + slot, unit after unit, with each unit's size and kind.
 
     A write waits for the write by which the expert it overwrites arrives elsewhere, if that expert

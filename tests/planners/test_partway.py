@@ -1,0 +1,68 @@
+"""Plans that are carried out in parts: each part is valid, fits, and costs no balance."""
+
+import numpy as np
+import pytest
+from checker import ratios
+from heats import initial, shapes, shuffled, window, zipf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_eplb.ipc.placement import check_placement
+from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.partway import moves_between, part_of_the_way
+from flash_eplb.planners.plan import align
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32), room=st.integers(0, 12))
+def test_a_part_of_the_way_is_valid_and_fits_and_costs_no_balance(shape, seed, room):
+    ranks, slots, experts = shape
+    rng = np.random.default_rng(seed)
+    today, wanted = (shuffled(rng, 1, ranks, slots, experts)[0] for _ in range(2))
+    wanted = align(today, wanted)
+    heat = window(rng, zipf(rng, 1, experts), 4)
+    here = part_of_the_way(heat.astype(float), 0, today, wanted, room)
+    check_placement(here[None], experts)
+    assert ((here == today) | (here == wanted)).all()
+    assert moves_between(today, here) <= room
+    assert ratios(heat, here[None])[0] <= ratios(heat, today[None])[0] + 1e-5
+    whole = part_of_the_way(heat.astype(float), 0, wanted, wanted, room)
+    assert (whole == wanted).all()
+
+
+def followed(heats, placement, **limits):
+    """The moves of each plan, and the placement in the end."""
+    planner, moves = FlashLB(*placement.shape[1:], **limits), []
+    for heat in heats:
+        plan = planner.plan(heat, placement)
+        moves.append(len(plan.moves))
+        placement = plan.placement
+    return moves, placement
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "slots"), [(128, 16, 9), (256, 32, 9), (256, 16, 18), (256, 64, 5)]
+)
+@pytest.mark.parametrize("most", [4, 30])
+def test_a_limit_of_moves_costs_time_and_not_balance(experts, ranks, slots, most):
+    rng = np.random.default_rng(0)
+    popularity, start = zipf(rng, 1, experts, 1), initial(1, ranks, slots, experts)
+    heats = [window(rng, popularity, 64, 20_000) for _ in range(120)]
+    moves, placement = followed(heats, start, max_moves=most)
+    free, without = followed(heats[:1], start)
+    assert max(moves) <= most
+    assert sum(moves) < 1.6 * sum(free)
+    assert sum(moves[-10:]) == 0
+    there, reached = (ratios(heats[-1], slots)[0] - 1 for slots in (without, placement))
+    assert reached < 1.3 * there + 0.01
+
+
+def test_what_is_on_its_way_is_given_up_when_the_heat_changes():
+    rng = np.random.default_rng(1)
+    start, limit = initial(1, 8, 9, 64), {"max_moves": 6}
+    first, second = zipf(rng, 1, 64, 1), zipf(rng, 1, 64, 1)
+    before = [window(rng, first, 64, 20_000) for _ in range(3)]
+    after = [window(rng, second, 64, 20_000) for _ in range(40)]
+    moves, placement = followed([*before, *after], start, **limit)
+    new = FlashLB(8, 9).plan(after[-1], placement, every_layer=True)
+    assert sum(moves[-5:]) == 0
+    assert ratios(after[-1], placement)[0] < new.par_after[0] + 0.03
