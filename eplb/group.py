@@ -51,7 +51,7 @@ class Group:
         reason = ""
         try:
             action()
-        except SegmentError as error:
+        except (SegmentError, UnsupportedError) as error:
             reason = str(error)
         except Exception as error:
             log.exception("EP rank %d cannot be balanced", self.rank)

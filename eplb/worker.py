@@ -36,6 +36,7 @@ from ..loaders.staging import Staging, default_rows, first_tensor, row_bytes
 from ..loaders.transports import choose_transport, communicator_name, make_transport
 from ..loaders.vote import Vote
 from .config import Config
+from .forms import agree_on_forms
 from .group import Group, UnsupportedError
 from .planner_watch import PlannerWatch
 from .reference import take_reference
@@ -211,6 +212,7 @@ class Worker:
                         f"EP rank {rank} and EP rank 0 differ in their {what}: "
                         f"{_difference(theirs[what], everyone[0][what])}"
                     )
+        agree_on_forms(self._group, self._engine.weights)
         return everyone[0]["generation"]
 
     def _check_limits(self) -> None:

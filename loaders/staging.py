@@ -71,6 +71,26 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return ordered
 
 
+def slot_forms(stack: Stack) -> list[str]:
+    """What lies in each slot of `stack`, in words; equal where the same bytes are the same weights.
+
+    That is dtype and shape and, of a tensor of its own, stride; where it has one element only, a
+    dimension's stride means nothing and is 0. Of a tensor [slots, ...] it stands once for all.
+    """
+    if not isinstance(stack, list):
+        return [_kind(stack[0])]
+    return [f"{_kind(tensor)} of stride {_strides(tensor)}" for tensor in stack]
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return tuple(stride if size > 1 else 0 for stride, size in pairs)
+
+
 def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of `tensor`, uint8 of one dimension; ValueError if it is not contiguous."""
     if not tensor.is_contiguous():
@@ -169,7 +189,10 @@ def _is_listed(layer: Sequence[Stack]) -> bool:
 
 
 def _form(layer: Sequence[Stack]) -> Form:
-    """What two experts have in common that fit into the same row of tensors."""
+    """What two experts have in common that fit into the same row of tensors.
+
+    All slots of `layer` are like the first (`slot_forms`), or nothing is staged.
+    """
     return tuple((view.dtype, tuple(view.shape)) for view in slot_views(layer, 0))
 
 
