@@ -7,10 +7,13 @@ experts moved without them, tokens would be wrong and nothing would say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from ..loaders.staging import Stack
+from .ranges import Ranges
 
 SHARED = {
     "e_score_correction_bias",
@@ -24,22 +27,22 @@ SHARED = {
 _DEEPEST = 6  # from a layer to the tensors of its kernel's quantisation config
 
 
-def left_behind(layer: Any, moved: list[torch.Tensor], slots: int) -> str:
+def left_behind(layer: Any, moved: Sequence[Stack], slots: int) -> str:
     """Name of the first tensor of `layer` that has a row per slot and is not moved; "" if none.
 
     Args:
         layer: vLLM's layer of routed experts.
-        moved: what is moved, each [slots, ...].
+        moved: what is moved, row by row; what lies beside a row in the same storage is not.
         slots: experts on a rank.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in moved}
+    rows = Ranges(row for stack in moved for row in stack)
     for name, tensor in _tensors(layer, "", {id(layer)}, _DEEPEST):
         if (
             tensor.dim() > 0
             and tensor.shape[0] == slots
             and tensor.stride(0) != 0
             and name.rpartition(".")[2] not in SHARED
-            and tensor.untyped_storage().data_ptr() not in known
+            and not rows.hold(tensor)
             and not _are_rows_equal(tensor)
         ):
             return name

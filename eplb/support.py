@@ -107,7 +107,7 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                     "not dispatch by itself): it counts every token once per DP rank"
                 )
             held = getattr(layer, "routed_experts", layer)
-            moved = [row for stack in state.model.expert_weights[number] for row in stack]
+            moved = state.model.expert_weights[number]
             if name := left_behind(held, moved, physical // ranks):
                 return (
                     f"{state.model_name}: {name} of MoE layer {number} has a row for each expert "

@@ -1,11 +1,13 @@
 """Tensors that belong to experts and that nobody would move."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flash_eplb.eplb.derived import left_behind
+from flash_eplb.eplb.ranges import Ranges
 from flash_eplb.eplb.support import unsupported_model
 
 SLOTS = 4
@@ -62,6 +64,59 @@ def test_views_of_what_is_moved_move_with_it():
     layer = Layer()
     layer.quant_method = Part(kernel=Part(w1=layer.w13_weight.transpose(1, 2), w2=layer.w2_weight))
     assert left_behind(layer, layer.moved(), SLOTS) == ""
+
+
+def flat(*widths):
+    """Tensors [SLOTS, width] that share one storage, one after the other, with random values."""
+    whole = torch.rand(SLOTS * sum(widths))
+    return [part.view(SLOTS, -1) for part in whole.split([SLOTS * width for width in widths])]
+
+
+def test_what_lies_in_the_same_storage_does_not_move_with_it():
+    weight, scale = flat(6, 2)
+    layer = SimpleNamespace(weight=weight, scale=scale)
+    assert left_behind(layer, [weight], SLOTS) == "scale"
+    assert left_behind(layer, [weight, scale], SLOTS) == ""
+    layer.whole = torch.as_strided(weight, (SLOTS, 8), (8, 1))
+    assert left_behind(layer, [weight, scale], SLOTS) == ""
+
+
+def test_what_lies_between_the_rows_that_move_does_not_move():
+    records = torch.rand(SLOTS, 8)
+    weight, scale = records[:, :6], records[:, 6:]
+    layer = SimpleNamespace(weight=weight, scale=scale)
+    assert left_behind(layer, [weight], SLOTS) == "scale"
+    layer = SimpleNamespace(weight=weight, records=records)
+    assert left_behind(layer, [list(weight)], SLOTS) == "records"
+    assert left_behind(layer, [weight, list(scale)], SLOTS) == ""
+    layer = SimpleNamespace(odd=records[:, 1::2])
+    assert left_behind(layer, [records[:, :7]], SLOTS) == "odd"
+    assert left_behind(layer, [records[:, 1:]], SLOTS) == ""
+
+
+def test_a_view_over_the_end_of_what_moves_is_found():
+    weight, scale = flat(6, 2)
+    layer = SimpleNamespace(weight=weight, over=torch.as_strided(weight, (SLOTS, 7), (7, 1)))
+    assert left_behind(layer, [weight], SLOTS) == "over"
+    assert left_behind(layer, [weight, scale[:2]], SLOTS) == ""
+
+
+def test_any_view_is_found_unless_all_of_its_elements_move():
+    """Against every element's address, for random rows that move and random views."""
+    rng, storage = random.Random(3), torch.rand(200)
+    found = set()
+    for _ in range(500):
+        holes = sorted(rng.sample(range(200), rng.randrange(1, 40)))
+        edges = zip([-1, *holes], [*holes, 200], strict=True)
+        rows = Ranges(storage[left + 1 : right] for left, right in edges)
+        shape = [rng.randrange(1, 5) for _ in range(3)]
+        strides = [rng.randrange(13) for _ in range(3)]
+        first = rng.randrange(40)
+        view = torch.as_strided(storage, shape, strides, first)
+        elements = torch.as_strided(torch.arange(200), shape, strides, first).flatten().tolist()
+        assert rows.hold(view) == (not {*holes} & {*elements})
+        found.add(rows.hold(view))
+    assert found == {True, False}
 
 
 def test_what_all_experts_share_may_stay():
