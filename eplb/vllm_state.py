@@ -104,7 +104,8 @@ class FlashState:
         engine = self._make_engine(states, coordinator)
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
-        self.worker = Worker(self.config, group, engine, engine.models, experts)
+        unsupported = functools.partial(self._unsupported, states, ranks)
+        self.worker = Worker(self.config, group, engine, engine.models, experts, unsupported)
         if not is_dummy:
             self.worker.forward(0)  # the pass that this first step ends
 

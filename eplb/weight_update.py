@@ -35,7 +35,7 @@ class WeightUpdate:
         group: the EP group.
         loader: of this rank.
         redigest: takes the digests of all weights anew; UnsupportedError on all ranks if replicas
-            differ.
+            differ, or if something would stay behind now when experts move.
         vote_steps, timeout: as of the settings; seconds that a transfer may take.
     """
 

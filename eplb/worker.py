@@ -11,6 +11,7 @@ import logging
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -54,6 +55,8 @@ class Worker:
         engine: its experts on this rank.
         models: (name, layers) of the engine's models, in the engine's order.
         experts: logical experts per layer.
+        unsupported: why the models cannot be balanced with the weights that they have now, "" if
+            they can; asked anew after each update of the weights.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class Worker:
         engine: Engine,
         models: list[tuple[str, int]],
         experts: int,
+        unsupported: Callable[[], str] = lambda: "",
     ):
         self._config = config
         self._group = group
         self._engine = engine
+        self._unsupported = unsupported
         self._shape = GroupShape(
             models=tuple(ModelShape(name, layers) for name, layers in models),
             experts=experts,
@@ -323,8 +328,13 @@ class Worker:
             own if transport == "engine" else transport,
         )
 
+    def _check_supported(self) -> None:
+        if reason := self._unsupported():
+            raise UnsupportedError(reason)
+
     def _redigest(self) -> None:
-        """The weights are new: so are the digests that prove them."""
+        """The weights are new: so are the digests that prove them, and what would stay behind."""
+        self._group.together(self._check_supported)
         self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
 
     def begin_update(self) -> bool:

@@ -162,3 +162,23 @@ def test_the_warm_up_counts_nothing_on_either_runner(runner):
     runner.eplb.state.worker = None  # nor is a worker made
     assert Worker(runner).compile_or_warm_up_model() == "warm"
     assert runner.eplb.state.worker is None
+
+
+def test_what_the_models_support_is_asked_anew_after_updates(vllm, monkeypatch):
+    """The worker gets the question that was asked before the start."""
+    made, answers = [], ["", "w of MoE layer 0 would stay behind"]
+    state = object.__new__(vllm.state.FlashState)
+    counts = np.zeros((1, 4))
+    state.model_states = {"m": SimpleNamespace(logical_replica_count=counts)}
+    state.config, state.parallel_config = None, SimpleNamespace(tensor_parallel_size=1)
+    state._unsupported = lambda states, ranks: answers.pop(0)
+    state._make_engine = lambda states, coordinator: SimpleNamespace(models=[("m", 1)])
+    coordinator = SimpleNamespace(world_size=2, cpu_group=None)
+    monkeypatch.setattr(vllm.state, "get_ep_group", lambda: coordinator)
+    monkeypatch.setattr(vllm.state.balanced, "agree", lambda group, reason: reason)
+    monkeypatch.setattr(vllm.state.balanced, "group_of", lambda *arguments: None)
+    monkeypatch.setattr("flash_eplb.eplb.worker.Worker", lambda *given: made.append(given))
+    state._make_worker(is_dummy=True)
+    *_, experts, unsupported = made[0]
+    assert experts == 4
+    assert unsupported() == "w of MoE layer 0 would stay behind"

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_worker import SIZES, Workers
 
 from flash_eplb.eplb import weight_update
+from flash_eplb.eplb.derived import left_behind
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.round import Round, encode_round
@@ -28,7 +30,9 @@ class Moving(Workers):
     """Workers with a planner's end of their queues."""
 
     def __init__(self, session, **options):
-        super().__init__(session, configs=[{"staging_rows": 1, **options}] * 2)
+        self.scales = [torch.ones(SLOTS), torch.ones(SLOTS)]  # of each rank; nobody hands them out
+        configs = [{"staging_rows": 1, **options}] * 2
+        super().__init__(session, configs, unsupported=self.left_behind)
         self.step()
         self.initial = self.engines[0].placement
         self.segments = [
@@ -38,6 +42,10 @@ class Moving(Workers):
             segment.plans.take_over(GENERATION)
         self.sequence = 1
         self.plans = 0
+
+    def left_behind(self, rank):
+        layer = SimpleNamespace(scales=self.scales[rank])
+        return left_behind(layer, self.engines[rank].weights[0], SLOTS)
 
     @property
     def placement(self):
@@ -295,6 +303,27 @@ def test_replicas_that_differ_after_an_update_stop_balancing(moving, caplog):
     group.step(4)
     # experts are where the engine writes, so it may write again
     group.update()
+
+
+def test_rows_that_differ_since_an_update_and_would_stay_behind_stop_balancing(moving):
+    group = moving()
+    group.update()
+    group.move()
+    group.scales[1][2] = 3
+    group.update()
+    for worker in group.workers:
+        assert worker._loader.stopped == "after an update of the weights, EP rank 1: scales"
+    group.check(is_new=True)
+    group.update()  # experts are where the engine writes, so it may write again
+    assert np.array_equal(group.placement, group.initial)
+
+
+def test_a_rank_that_cannot_look_after_an_update_stops_balancing_on_all(moving):
+    group = moving()
+    group.workers[1]._unsupported = lambda: 1 // 0
+    group.update()
+    for worker in group.workers:
+        assert "EP rank 1: ZeroDivisionError" in worker._loader.stopped
 
 
 def test_an_update_that_failed_half_way_is_begun_again(moving):

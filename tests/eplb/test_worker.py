@@ -1,3 +1,4 @@
+import functools
 import os
 import sys
 import threading
@@ -40,9 +41,12 @@ class ThreadGroup(Group):
 
 
 class Workers:
-    """Two workers in threads; `run` calls an action on each and returns the results."""
+    """Two workers in threads; `run` calls an action on each and returns the results.
 
-    def __init__(self, session: str, configs=None):
+    `unsupported(rank)` is asked after updates.
+    """
+
+    def __init__(self, session: str, configs=None, unsupported=lambda rank: ""):
         store = dist.HashStore()
         meeting, table = threading.Barrier(2), [None, None]
         self.engines = [FakeEngine(*SIZES, rank) for rank in range(2)]
@@ -56,7 +60,8 @@ class Workers:
             group = ThreadGroup(rank, 2, votes, store, (0,))
             group.meeting, group.table = meeting, table
             config = Config(session=session, **{"vote_steps": 2, **configs[rank]})
-            self.workers[rank] = Worker(config, group, self.engines[rank], [("m", 2)], 4)
+            ask = functools.partial(unsupported, rank)
+            self.workers[rank] = Worker(config, group, self.engines[rank], [("m", 2)], 4, ask)
 
         self.run(make)
 
