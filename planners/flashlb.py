@@ -201,18 +201,20 @@ class FlashLB:
         kept = self._kept(today)
         past, worth = self._memory.recall(tokens)
         alike = kept & is_alike(past, tokens)
+        settled = kept & self._promises.made
         expected, error = tokens, np.zeros(len(today))
         if not every_layer:
             expected, error = forecast(tokens, past * alike[:, None], MERGED)
+            error *= settled | (expected is not tokens)  # the first plan of short windows is free
         return Window(
             seen=tokens,
             tokens=expected,
             noise=error * math.sqrt(self.ranks),
             past=past,
             worth=worth,
-            alike=alike & (error == 0),  # where it is not 0, the past is in what is expected
+            alike=alike & ((error == 0) | (expected is tokens)),  # else it is in what is expected
             kept=kept,
-            settled=kept & self._promises.made,
+            settled=settled,
             anew=every_layer,
             today=today,
             columns=self._columns,
@@ -291,15 +293,18 @@ class FlashLB:
 
     def _confirmed(self, window: Window, offers: list[Offer], terms: Terms) -> list[Offer]:
         """The offers that chance does not explain, with what they can promise."""
-        sure = {}
+        clear = []
         for offer in offers:
             noise = window.noise[offer.layer]
             beyond = BEYOND_NOISE * noise * (1 if window.settled[offer.layer] else 2)
-            if noise and offer.gain >= self.min_gain + beyond:
-                sure[offer.layer] = offer._replace(promise=offer.par + DOUBT * noise)
-        rest = [offer for offer in offers if not window.noise[offer.layer]]
-        sure |= {offer.layer: offer for offer in self._repeated(window, rest, terms)}
-        return [sure[offer.layer] for offer in offers if offer.layer in sure]
+            if offer.gain >= self.min_gain + beyond:
+                clear.append(offer._replace(promise=offer.par + DOUBT * noise))
+        rest = clear
+        if window.tokens is not window.seen:  # what is expected is no window with halves
+            rest = [offer for offer in clear if not window.noise[offer.layer]]
+        repeated = {offer.layer: offer for offer in self._repeated(window, rest, terms)}
+        left = {offer.layer for offer in rest} - repeated.keys()
+        return [repeated.get(offer.layer, offer) for offer in clear if offer.layer not in left]
 
     def _repeated(self, window: Window, offers: list[Offer], terms: Terms) -> list[Offer]:
         """The offers of layers whose gain is not that of one half of the window only.
@@ -332,13 +337,13 @@ class FlashLB:
         newer = window.tokens[half:, layers]
         ratios = _ratios(newer, found, columns)
         gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
-        error = gains.std(axis=0) / math.sqrt(len(gains))
+        error = gains.std(axis=0) / math.sqrt(len(gains)) * _rareness(len(gains))
         doubt = np.minimum(DOUBT * error, np.maximum(error, 4 * self.min_gain))
         sure = gains.mean(axis=0) - doubt >= self.min_gain
         unseen = ratios.mean(axis=0)
         return {
             offer.layer: offer._replace(
-                promise=float(np.clip(unseen[i], offer.par, hoped(offer.par)))
+                promise=float(np.clip(unseen[i], offer.promise, hoped(offer.promise)))
             )
             for i, offer in enumerate(offers)
             if sure[i]
@@ -497,6 +502,14 @@ class FlashLB:
 def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """PAR of each episode [T, n] of placements of all layers of `tokens`."""
     return divided_par(np.ascontiguousarray(tokens), placement, np.arange(len(placement)), columns)
+
+
+def _rareness(count: int) -> float:
+    """By how much more than a normal deviate one must allow for whose error `count` samples tell.
+
+    About the ratio of the quantiles beyond DOUBT of Student's t distribution and the normal one.
+    """
+    return count / (count - 3) if count > 3 else 4.0
 
 
 def warmup() -> None:

@@ -39,15 +39,17 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
 
     Returns:
         (float64[T, layers, E]; float64[layers], the standard error of the shares of all experts
-        together, 0 where the episodes are those of the window).
+        together that chance explains, 0 where that is the lesser part). The episodes are those of
+        the window where that is 0, or the window too short to tell chance from change.
     """
     errors = np.zeros(window.shape[1])
-    if len(window) < FEWEST:
-        return window, errors
     tokens = window.sum(axis=2)
+    chance = (1 / np.maximum(tokens, 1)).mean(axis=0)  # the variance of Poisson counts, as shares
+    if len(window) < FEWEST:
+        are_counts = (window % 1 == 0).all(axis=(0, 2)) & tokens.all(axis=0)
+        return window, np.sqrt(chance / max(1, len(window))) * are_counts
     share = shares(window)
     spread = share.var(axis=0, ddof=1).sum(axis=1)
-    chance = (1 / np.maximum(tokens, 1)).mean(axis=0)  # the variance of Poisson counts, as shares
     by_chance = (chance > LARGELY * spread) & (chance < MUCH * spread) & tokens.all(axis=0)
     chosen = np.flatnonzero(by_chance)
     chosen = chosen[(window[:, chosen] % 1 == 0).all(axis=(0, 2))]  # what is no count has no chance

@@ -14,6 +14,10 @@ TRIES = 16
 """Moves that are looked at again before one of them is chosen, those that won most before."""
 
 
+LEAST = 1e-5
+"""Share of the PAR that a part of the way must win."""
+
+
 class Going:
     """The offers that are carried out in parts, one call after the other."""
 
@@ -69,7 +73,7 @@ def part_of_the_way(heat, layer, today, wanted, room):
         room: moves.
 
     Returns:
-        int32[R, S]; `today` if no part is at least as good.
+        int32[R, S]; `today` if no part is better.
     """
     experts = heat.shape[2]
     scaled, _ = scale_heat(heat, layer, len(today))
@@ -105,7 +109,7 @@ def part_of_the_way(heat, layer, today, wanted, room):
         sizes[chosen] -= length
         room -= length
         now = peaks_of(scaled, here).sum()
-        if now <= least:
+        if now < least * (1 - LEAST):
             least = now
             reached[:] = here
     return reached

@@ -10,11 +10,15 @@ from flash_eplb.planners.flashlb import FIRST_SHARE, FlashLB
 
 EFFORTS = ["fast", "balanced", "thorough"]
 
+MANY = 10**6
+"""Times the tokens of small heats, so that what they differ by is not by chance."""
+
 STEADY = {
     "many tokens": {"skew": 1, "tokens": 10**6, "episodes": 64},
     "few tokens": {"skew": 1, "tokens": 2000, "episodes": 64},
     "decode": {"skew": 0.8, "tokens": 64 * 8, "episodes": 64},
     "short windows": {"skew": 1, "tokens": 5000, "episodes": 16},
+    "shorter windows": {"skew": 1, "tokens": 20_000, "episodes": 4},
     "single episodes": {"skew": 1, "tokens": 10**6, "episodes": 1},
 }
 
@@ -185,15 +189,15 @@ def test_a_plan_wins_at_least_min_gain(episodes):
 
 def test_a_plan_pays_for_its_moves():
     # It wins 0.2 by moving 2 of 4 slots.
-    heat, placement = np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
+    heat, placement = MANY * np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
     for price, worth in ((0.38, True), (0.42, False)):
         assert bool(FlashLB(2, 2, move_price=price / FIRST_SHARE).plan(heat, placement)) == worth
         planner = FlashLB(2, 2, move_price=price, half_life=0)
-        plan = planner.plan(np.array([[uneven(6)]] * 4), placement)
+        plan = planner.plan(MANY * np.array([[uneven(6)]] * 4), placement)
         assert plan
         worse = np.empty((4, 1, 4))
         worse[:, 0, plan.placement[0].ravel()] = uneven(2)
-        assert bool(planner.plan(worse, plan.placement)) == worth
+        assert bool(planner.plan(MANY * worse, plan.placement)) == worth
 
 
 def test_moves_that_cost_more_are_fewer():
@@ -240,10 +244,10 @@ def test_a_layer_that_breaks_its_promise_is_planned_again(every_layer):
 @pytest.mark.parametrize("tolerance", [0.05, 0.2])
 def test_the_tolerance_says_how_far_a_promise_may_be_missed(tolerance):
     planner = FlashLB(2, 2, tolerance=tolerance, min_gain=0.01, floor=9, half_life=0)
-    plan = planner.plan(np.array([[uneven(6)]] * 4), np.array([EVEN_SOON]))
+    plan = planner.plan(MANY * np.array([[uneven(6)]] * 4), np.array([EVEN_SOON]))
     worse = np.empty((4, 1, 4))
     worse[:, 0, plan.placement[0].ravel()] = uneven(1)
-    assert bool(planner.plan(worse, plan.placement)) == (tolerance < 0.1)
+    assert bool(planner.plan(MANY * worse, plan.placement)) == (tolerance < 0.1)
 
 
 def test_above_the_floor_a_promise_does_not_stand_in_the_way():
