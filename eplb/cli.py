@@ -186,6 +186,7 @@ def status(session: Session = None) -> None:
     from ..ipc.names import planner_name
     from ..ipc.status import Field, state_name
     from ..planners.group import Group
+    from ..planners.life import silent_planner
 
     config = load(session=session)
     with reaching(config.session):
@@ -197,7 +198,8 @@ def status(session: Session = None) -> None:
         shown = map(state_name if field is Field.STATE else str, values)
         table.add_row(field.name.lower(), *shown)
     Console().print(table)
-    typer.echo("planner: running" if there else "planner: none, experts stay where they are")
+    alive = silent_planner(config.session) or "planner: running"
+    typer.echo(alive if there else "planner: none, experts stay where they are")
     group.close()
 
 

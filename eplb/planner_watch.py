@@ -1,4 +1,4 @@
-"""EP rank 0's eye on the planner: says when none is there, and spawns one if told to."""
+"""EP rank 0's eye on the planner: says when none is there or it is silent; spawns one if told."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 
 from ..ipc.liveness import SegmentError, owner_is_alive
 from ..ipc.names import planner_name
+from ..planners.life import silent_planner
 from .config import Config
 
 log = logging.getLogger("flash_eplb.worker")
@@ -26,13 +27,15 @@ class PlannerWatch:
         self._config = config
         self._name = planner_name(config.session)
         self._alive: bool | None = None
+        self._doubted = False
+        self._silent = False
         self._begin = time.monotonic()
         self._next_look = 0.0
         self._next_spawn = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     def look(self) -> None:
-        """Warn once when there is no planner, and again whenever that changes."""
+        """Warn once when there is no planner or it is silent, and again whenever that changes."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -56,6 +59,19 @@ class PlannerWatch:
                 self._config.session,
             )
         self._alive = alive
+        self._listen(alive)
+
+    def _listen(self, alive: bool) -> None:
+        """Say once that a living planner is silent, at two looks, for the clock may jump."""
+        why = silent_planner(self._config.session) if alive else ""
+        if why and self._doubted and not self._silent:
+            self._silent = True
+            log.warning("the %s", why)
+        elif self._silent and not why:
+            self._silent = False
+            if alive:
+                log.info("the planner of session %r shows life again", self._config.session)
+        self._doubted = bool(why)
 
     def _spawn(self, now: float) -> None:
         """Start a planner, at most one every ten seconds; it ends with the workers."""

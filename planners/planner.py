@@ -20,13 +20,14 @@ from typing import Any
 
 from ..ipc.doorbell import Doorbell
 from ..ipc.limits import LimitError
-from ..ipc.liveness import SegmentAbsentError, SegmentError
+from ..ipc.liveness import SegmentAbsentError, SegmentError, SegmentInUseError
 from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
 from .expert_map import ExpertMap, SavedPlacement
 from .group import Group
+from .life import show_life, silent_planner
 from .policy import Policy
 from .recorder import MakeRecorder, NoRecorder
 
@@ -121,8 +122,9 @@ class Planner:
             LimitError: this process may not open as many files as the engine has ranks.
             PolicyError: the policy cannot be made for the engine that was found.
         """
-        lock = take_name(self._session, planner_name(self._session), b"", 0, self._generation)
+        lock = self._take_lock()
         lock.publish()
+        life = asyncio.create_task(show_life(self._session))
         try:
             log.info("planner ready in session %r, waiting for an engine", self._session)
             while not self._stopping.is_set():
@@ -133,9 +135,20 @@ class Planner:
                 if self._exit_with_engine:
                     break
         finally:
+            life.cancel()
             self._executor.shutdown()
             self._release(lock)
         log.info("planner stopped")
+
+    def _take_lock(self) -> Segment:
+        """The session's lock; a SegmentInUseError says if the planner that holds it is silent."""
+        try:
+            return take_name(self._session, planner_name(self._session), b"", 0, self._generation)
+        except SegmentInUseError:
+            silent = silent_planner(self._session)
+            if not silent:
+                raise
+            raise SegmentInUseError(f"session {self._session!r} is in use: the {silent}") from None
 
     def _release(self, lock: Segment) -> None:
         with contextlib.suppress(SegmentError), session_lock(self._session):

@@ -345,7 +345,11 @@ def test_status_shows_each_rank(session):
     assert "4712" in result.stdout
     assert result.stdout.endswith("planner: none, experts stay where they are\n")
     planner = take_name(session, planner_name(session), b"", 0, 1)
+    planner.publish()
     assert eplb("status", "--session", session).stdout.endswith("planner: running\n")
+    os.utime("/dev/shm" + planner.name, (0, 0))
+    last = eplb("status", "--session", session).stdout.splitlines()[-1]
+    assert last.startswith(f"planner (pid {os.getpid()}) has shown no life for ")
     planner.close()
     for rank in ranks:
         rank.close()

@@ -15,11 +15,13 @@ from flash_eplb.ipc.segment import take_name
 
 
 class World:
-    """What the watch sees: the time, and whether there is a planner (an error is raised)."""
+    """What the watch sees: the time, whether there is a planner (an error is raised), and what is
+    said of its silence."""
 
     def __init__(self):
         self.now = 1000.0
         self.planner = False
+        self.silent = ""
         self.looked = 0
 
     def owner_is_alive(self, name):
@@ -34,6 +36,7 @@ def world(environment, caplog):
     world = World()
     environment.setattr(planner_watch, "time", types.SimpleNamespace(monotonic=lambda: world.now))
     environment.setattr(planner_watch, "owner_is_alive", world.owner_is_alive)
+    environment.setattr(planner_watch, "silent_planner", lambda session: world.silent)
     environment.setattr(logging.getLogger("flash_eplb"), "propagate", True)
     caplog.set_level(logging.INFO, logger="flash_eplb")
     return world
@@ -48,6 +51,8 @@ def said(caplog):
 
 MISSING = ["WARNING: no planner serves session"]
 SERVED = ["INFO: a planner serves session"]
+SILENT = ["WARNING: the planner is silent"]
+BACK = ["INFO: the planner of session"]
 
 
 def looks(watch, world, seconds):
@@ -100,6 +105,40 @@ def test_a_planner_that_goes_within_the_grace_period_is_missed_at_once(world, ca
     world.planner = False
     looks(watch, world, 2)
     assert said(caplog) == SERVED + MISSING
+
+
+def test_a_silent_planner_is_said_once_and_again_after_it_was_back(world, caplog):
+    watch = PlannerWatch(load_config())
+    world.planner = True
+    looks(watch, world, 20)
+    assert said(caplog) == SERVED
+    for _ in range(2):
+        world.silent = "planner is silent"
+        looks(watch, world, 20)
+        assert said(caplog) == SILENT
+        world.silent = ""
+        looks(watch, world, 20)
+        assert said(caplog) == BACK
+
+
+def test_a_clock_that_jumps_makes_no_planner_silent(world, caplog):
+    watch = PlannerWatch(load_config())
+    world.planner = True
+    looks(watch, world, 4)
+    world.silent = "planner is silent"
+    looks(watch, world, 2)
+    world.silent = ""
+    looks(watch, world, 20)
+    assert said(caplog) == SERVED
+
+
+def test_a_silent_planner_that_was_killed_is_missing_and_not_back(world, caplog):
+    watch = PlannerWatch(load_config())
+    world.planner, world.silent = True, "planner is silent"
+    looks(watch, world, 20)
+    world.planner = False
+    looks(watch, world, 20)
+    assert said(caplog) == SERVED + SILENT + MISSING
 
 
 def test_it_looks_every_two_seconds_only(world):
