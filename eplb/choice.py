@@ -99,7 +99,11 @@ def options_of(
 
 
 def pace_of(config: settings.Config) -> Pace:
-    """How a planner paces its episodes and plans by the settings."""
+    """How a planner paces its episodes and plans by the settings.
+
+    A round goes on for up to four votes beside its timeout: one names it, one starts it, one says
+    that it is staged and one commits it.
+    """
     from ..planners.engine_loop import Pace
 
     return Pace(
@@ -107,7 +111,7 @@ def pace_of(config: settings.Config) -> Pace:
         window_episodes=config.window_episodes,
         min_episodes=config.min_episodes,
         plan_interval=config.plan_interval,
-        timeout_steps=2 * config.plan_timeout_steps,
+        timeout_steps=2 * config.plan_timeout_steps + 4 * config.vote_steps,
         heat_phase=config.heat_phase,
     )
 

@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from cluster import GENERATION, SWAP, swap
 
+from flash_eplb.eplb.choice import pace_of
+from flash_eplb.eplb.config import load_config
 from flash_eplb.ipc.placement import MOVE
 from flash_eplb.ipc.plan_queue import SLOTS
 from flash_eplb.ipc.status import Field, State
@@ -34,6 +36,23 @@ def random_placement(dice: random.Random, layers: int, experts: int, ranks: int,
         for rank in range(ranks):
             made[layer, rank] = dice.sample(sorted(held[rank]), slots)
     return made
+
+
+def test_a_planner_has_patience_for_the_votes_of_a_round(cluster, environment):
+    """Though no vote falls within the timeout, and the round comes just after one."""
+    votes, timeout = 32, 4
+    group = cluster(vote_steps=votes, timeout_steps=timeout)
+    group.tick(votes)
+    group.send(group.record(SWAP))
+    steps = 0
+    while not group.ranks[0].commits:
+        steps += 1
+        group.tick()
+        time.sleep(0.01)  # a vote is as far away as in an engine
+        assert not group.ranks[0].segment.status[Field.ABORTED]
+    assert steps == 4 * votes
+    pace = pace_of(load_config(vote_steps=votes, plan_timeout_steps=timeout))
+    assert pace.timeout_steps == steps + 2 * timeout
 
 
 def test_a_round_is_committed_on_all_ranks_at_the_same_step(cluster):
