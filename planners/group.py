@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..ipc.limits import check_files
-from ..ipc.liveness import SegmentError
+from ..ipc.liveness import SegmentAbsentError, SegmentError
 from ..ipc.names import rank_name
 from ..ipc.placement import PlacementError, check_placement
 from ..ipc.rank_segment import RankSegment, check_group
@@ -18,6 +18,10 @@ from .chunk import RANK_TRANSFER
 from .step_heat import StepHeat, StepMatcher, group_heat
 
 log = logging.getLogger("flash_eplb.planner")
+
+
+class RankMissingError(SegmentAbsentError):
+    """EP rank 0 has a segment and another rank has none."""
 
 
 class Group:
@@ -44,14 +48,14 @@ class Group:
             who: asks, for the text of a LimitError.
 
         Raises:
-            SegmentError: there is none, it is not complete yet, or a rank is dead.
+            SegmentError: there is none, it is not complete (RankMissingError), or a rank is dead.
             LimitError: this process may not open as many files.
         """
         ranks = [RankSegment.open(rank_name(session, 0), writable)]
         try:
             check_files(ranks[0].header.shape.ranks + 8, who)
             for rank in range(1, ranks[0].header.shape.ranks):
-                ranks.append(RankSegment.open(rank_name(session, rank), writable))
+                ranks.append(_open_rank(session, rank, writable))
             for found in ranks:
                 if not found.owner_is_alive():
                     raise SegmentError(
@@ -143,3 +147,15 @@ class Group:
         """Unmap all segments."""
         for rank in self.ranks:
             rank.close()
+
+
+def _open_rank(session: str, rank: int, writable: bool) -> RankSegment:
+    """The segment of a rank beside rank 0's; RankMissingError if there is none."""
+    name = rank_name(session, rank)
+    try:
+        return RankSegment.open(name, writable)
+    except SegmentAbsentError:
+        raise RankMissingError(
+            f"EP rank {rank} has no shared memory {name}: it is still starting, or the name was "
+            "removed; then restart the engine"
+        ) from None

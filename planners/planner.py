@@ -1,9 +1,9 @@
 """The planner: an asyncio loop that turns heat into plans and sends them, one at a time.
 
-It sleeps on the doorbell, which the workers ring once per episode and per commit. Heat is drained
-on the loop; planning runs in a thread on kernels that release the GIL. It owns nothing but its
-session lock: killed at any point, inference goes on and a successor starts from the placement
-boards.
+It sleeps on the doorbell, which the workers ring once per episode and per commit, and looks once a
+second in any case. Heat is drained on the loop; planning runs in a thread on kernels that release
+the GIL. It owns nothing but its session lock: killed at any point, inference goes on and a
+successor starts from the placement boards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..ipc.segment import Segment, take_name
 from ..ipc.session import remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
 from .expert_map import ExpertMap, SavedPlacement
-from .group import Group
+from .group import Group, RankMissingError
 from .life import show_life, silent_planner
 from .policy import Policy
 from .recorder import MakeRecorder, NoRecorder
@@ -160,19 +160,14 @@ class Planner:
         refusals: Counter[str] = Counter()
         while not self._stopping.is_set():
             looks += 1
-            if looks == _LOOKS_BEFORE_HINT:
-                log.warning(
-                    "still no engine in session %r: does vLLM run with --enable-eplb, "
-                    "EPLB_ENABLED=1 and this EPLB_SESSION? Does VLLM_PLUGINS, if it is set, "
-                    "name flash_eplb?",
-                    self._session,
-                )
             try:
                 return Group.attach(self._session)
             except LimitError:
                 raise
             except SegmentAbsentError as error:
                 log.debug("no engine yet: %s", error)
+                if looks == _LOOKS_BEFORE_HINT:
+                    self._hint(error)
             except SegmentError as error:
                 refusals[str(error)] += 1
                 if refusals[str(error)] == _LOOKS_BEFORE_REFUSAL:
@@ -181,17 +176,24 @@ class Planner:
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_FOR_ENGINE)
         return None
 
+    def _hint(self, error: SegmentAbsentError) -> None:
+        """What to look at when an engine is long in coming."""
+        if isinstance(error, RankMissingError):
+            log.warning("cannot serve the engine of session %r: %s", self._session, error)
+            return
+        log.warning(
+            "still no engine in session %r: does vLLM run with --enable-eplb, EPLB_ENABLED=1 and "
+            "this EPLB_SESSION? Does VLLM_PLUGINS, if it is set, name flash_eplb?",
+            self._session,
+        )
+
     async def _serve(self, group: Group) -> None:
         """Plan for `group` until it dies or the planner is stopped."""
         loop = asyncio.get_running_loop()
-        try:
-            bell = Doorbell.open(bell_name(self._session))
-        except SegmentError:
-            if group.is_alive():
-                raise
+        bell = self._open_bell(group)
+        if bell is None and not group.is_alive():
             self._leave(group)  # it died since it was found
             return
-        loop.add_reader(bell.descriptor, self._wake.set)
         recorder = self._make_recorder(group.shape)
         try:
             for rank in group.ranks:
@@ -218,15 +220,30 @@ class Planner:
                 await self._next_bell(bell)
                 engine.turn()
         finally:
-            loop.remove_reader(bell.descriptor)
-            bell.close()
+            if bell is not None:
+                loop.remove_reader(bell.descriptor)
+                bell.close()
             self._leave(group)
             recorder.close()
 
-    async def _next_bell(self, bell: Doorbell) -> None:
+    def _open_bell(self, group: Group) -> Doorbell | None:
+        """The engine's doorbell, which wakes us; None if it is lost, and looks must do."""
+        try:
+            bell = Doorbell.open(bell_name(self._session))
+        except SegmentError as error:
+            if group.is_alive():
+                log.warning(
+                    "%s; plans come up to a second later; restart the engine to have it back", error
+                )
+            return None
+        asyncio.get_running_loop().add_reader(bell.descriptor, self._wake.set)
+        return bell
+
+    async def _next_bell(self, bell: Doorbell | None) -> None:
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
             await asyncio.wait_for(self._wake.wait(), _LOOK_AT_RANKS)
-        bell.drain()
+        if bell is not None:
+            bell.drain()
         if not self._stopping.is_set():
             self._wake.clear()
 

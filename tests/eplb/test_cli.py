@@ -355,6 +355,18 @@ def test_status_shows_each_rank(session):
         rank.close()
 
 
+def test_status_names_a_rank_that_is_missing(session):
+    shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
+    first = RankSegment.create(session, shape, 0, 1)
+    first.publish()
+    result = eplb("status", "--session", session)
+    first.close()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        f"eplb: the engine of session {session!r} is not complete: EP rank 1 has no shared memory "
+    )
+
+
 def test_version():
     result = eplb("version")
     assert (result.exit_code, result.stdout) == (0, f"{__version__}\n")

@@ -18,7 +18,7 @@ from fake_engine import FakeEngine
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
 from flash_eplb.ipc.limits import LimitError
 from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
-from flash_eplb.ipc.names import planner_name
+from flash_eplb.ipc.names import bell_name, planner_name, rank_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.planners import engine_loop
@@ -201,6 +201,54 @@ def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engin
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert "overwritten before they were read" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("put", "why"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: open(path, "w").close(), "it is no FIFO"),
+        (os.mkdir, "it is no FIFO"),
+        (lambda path: os.symlink("/dev/null", path), "it is no FIFO"),
+        (lambda path: os.mkfifo(path, 0o644), "its mode is 0644"),
+    ],
+)
+def test_an_engine_whose_bell_is_lost_is_served_and_that_is_said_once(
+    session, engine, caplog, put, why
+):
+    path = "/dev/shm" + bell_name(session)
+    os.unlink(path)
+    put(path)
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    if os.path.isdir(path):
+        os.rmdir(path)
+    (said,) = caplog.messages
+    assert said.startswith(f"doorbell {bell_name(session)} cannot be opened: {why}")
+    assert said.endswith("; plans come up to a second later; restart the engine to have it back")
+
+
+def test_a_rank_that_is_missing_is_named(session, engine, caplog, monkeypatch):
+    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
+    os.unlink("/dev/shm" + rank_name(session, 1))
+
+    async def scenario():
+        async with planning(session):
+            while not caplog.messages:
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert caplog.messages == [
+        f"cannot serve the engine of session {session!r}: EP rank 1 has no shared memory "
+        f"{rank_name(session, 1)}: it is still starting, or the name was removed; then restart "
+        "the engine"
+    ]
 
 
 def test_a_successor_resumes_from_the_boards(session, engine, caplog):
