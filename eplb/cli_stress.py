@@ -77,6 +77,7 @@ def stress(
         )  # fmt: skip
         if "shm-full" in names and not private_shm:
             _again_in_private(setup, config)
+        _check_session(config.session)
         _check_limits(setup, config)
         code = _run(setup, config, names, faults == "random", seconds, steps, patience, target)
     finally:
@@ -163,6 +164,23 @@ def _bytes(setup: Setup, config: Config) -> tuple[int, int]:
 
     shape = setup.group_shape(config)
     return segment_bytes(shape) - shape.ring_slots * step_bytes(shape), step_bytes(shape)
+
+
+def _check_session(session: str) -> None:
+    """End the command with 2 if an engine or a planner lives there, which would meet ours."""
+    from ..ipc.liveness import SegmentError, owner_is_alive
+    from ..ipc.session import segment_names
+
+    for name in segment_names(session):
+        try:
+            living = owner_is_alive(name)
+        except SegmentError as error:
+            fail(str(error))
+        if living:
+            fail(
+                f"session {session!r} is in use: {name} belongs to a living process, which a "
+                "stress would meddle with; set EPLB_SESSION to another name, or unset it"
+            )
 
 
 def _check_limits(setup: Setup, config: Config) -> None:

@@ -17,12 +17,15 @@ from pathlib import Path
 
 import msgspec
 
+from ...ipc.liveness import owner_is_alive
+from ...ipc.names import planner_name
 from ...ipc.session import remove_dead, session_lock
 from ...ipc.status import Field
 from ...planners.group import Group
 from .figures import Order, Planned, Rank
 from .setup import Setup
 
+_COMPILE_SECONDS = 1800.0
 _START_SECONDS = 120.0
 _END_SECONDS = 20.0
 
@@ -68,15 +71,20 @@ class Fleet:
         self.hosts = [
             self._start("host", str(host), str(generation)) for host in range(self.setup.hosts)
         ]
-        self._await("its ranks are not ready", lambda: self._all(Rank.READY))
+        self._await("the engine's ranks are not ready", lambda: self._all(Rank.READY))
         self.figures.order[Order.GO] = 1
-        self._await("its ranks do not step", lambda: self._all(Rank.STEP))
+        self._await("the engine's ranks do not step", lambda: self._all(Rank.STEP))
         self.group = Group.attach(self.setup.session)
 
     def start_planner(self) -> None:
         """Start a planner; `planner_is_serving` tells when it has found the engine."""
         self.figures.planned[:] = 0
         self.planner = self._start("planner_process")
+
+    def await_planner(self) -> None:
+        """Wait until the planner has compiled its kernels; FleetError if it ends instead."""
+        name = planner_name(self.setup.session)
+        self._await("the planner is not ready", lambda: owner_is_alive(name), _COMPILE_SECONDS)
 
     def planner_is_serving(self) -> bool:
         """Whether the planner of now has found the engine; FleetError if it has ended."""
@@ -243,11 +251,11 @@ class Fleet:
         if code is not None:
             raise FleetError(f"{self._log(kind, number)} ended with {code}")
 
-    def _await(self, what: str, done: Callable[[], bool]) -> None:
-        deadline = time.perf_counter() + _START_SECONDS
+    def _await(self, what: str, done: Callable[[], bool], seconds: float = _START_SECONDS) -> None:
+        deadline = time.perf_counter() + seconds
         while not done():
             self.check()
             self.heed()
             if time.perf_counter() > deadline:
-                raise FleetError(f"the engine does not start: {what} after {_START_SECONDS:.0f} s")
+                raise FleetError(f"{what} after {seconds:.0f} s")
             time.sleep(0.02)

@@ -146,8 +146,10 @@ class Stress:
         """Start everything, let it run, end everything; nothing is left whatever happens."""
         outcome = self._outcome
         try:
-            self._show(outcome, "starting the planner and the engine")
+            self._show(outcome, "compiling the planner's kernels: a minute or two the first time")
             self._fleet.start_planner()
+            self._fleet.await_planner()
+            self._show(outcome, "starting the engine")
             self._trial.start_engine()
             for _ in self._trial.until(self._fleet.planner_is_serving, "no planner came"):
                 self._read()

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from flash_eplb.collectors.synthetic import SCENARIOS
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.stress.faults import FAULTS
+from flash_eplb.ipc.names import planner_name, rank_name
+from flash_eplb.ipc.segment import take_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.planners.recording import Recording
 
@@ -41,7 +43,9 @@ def start_stress(session, tmp_path):
             **QUICK,
             "EPLB_SESSION": session,
             "TMPDIR": str(tmp_path),
-            "PYTHONPATH": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(
+                [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             **variables,
         }
         command = [sys.executable, "-m", "flash_eplb.eplb.cli", "stress", *map(str, arguments)]
@@ -151,6 +155,36 @@ def test_recorded_heat_is_replayed(stress, tmp_path):
     code, out, complaints = stress("--scenario", *arguments, "--steps-per-second", 200)
     assert (code, complaints) == (0, ""), out
     assert verdict_of(out, "the ranks are evener")[0] == "holds"
+
+
+def test_no_clock_runs_while_the_planner_compiles_its_kernels(stress):
+    python = (
+        "import time\n"
+        "from flash_eplb.planners import engine_loop\n"
+        "warmup = engine_loop.warmup\n"
+        "def slow():\n"
+        "    time.sleep(12)\n"
+        "    warmup()\n"
+        "engine_loop.warmup = slow"
+    )
+    arguments = ("--seconds", 2, "--patience", 8, "--ranks", 2, "--experts", 8)
+    code, out, complaints = stress(*arguments, python=python)
+    assert (code, complaints) == (0, ""), out
+    first = "compiling the planner's kernels: a minute or two the first time"
+    assert out.splitlines()[:2] == [first, "starting the engine"]
+
+
+@pytest.mark.parametrize("name_of", [planner_name, lambda session: rank_name(session, 0)])
+def test_a_session_in_which_somebody_lives_is_refused(session, environment, name_of):
+    segment = take_name(session, name_of(session), b"", 10, 1)
+    environment.setenv("EPLB_SESSION", session)
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    segment.close()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"eplb: session {session!r} is in use: {name_of(session)} belongs to a living process, "
+        "which a stress would meddle with; set EPLB_SESSION to another name, or unset it\n"
+    )
 
 
 def test_ctrl_c_ends_it_with_what_was_seen(start_stress, session):
