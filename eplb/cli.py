@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +48,20 @@ app = typer.Typer(
 )
 
 __all__ = ["SETTINGS_OF", "app", "compile_kernels", "main"]
+
+_COUNTERS = {
+    "committed": "committed",
+    "aborted": "aborted",
+    "refused": "refused",
+    "moved\nrows": "moved_rows",
+}
+"""Columns of `eplb status`, with the word of a rank's status that each shows."""
+
+_RARE = ("stale", "mismatches", "heat_merged", "heat_dropped", "quarantined_rows", "damaged")
+"""Words that it shows where they are not zero."""
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""How a file refuses what is written to it; of a pipe typer sees to it."""
 
 Session = Annotated[str | None, typer.Option(help="Session of the engine (EPLB_SESSION).")]
 
@@ -169,7 +187,7 @@ def show_config() -> None:
             settings.allowed(name),
             field.description or "",
         )
-    Console(width=None if Console().is_terminal else 160).print(table)
+    _console().print(table)
     for name in settings.unknown_variables():
         typer.echo(f"eplb: {name} is no setting of ours: misspelt?", err=True)
     if config.policy not in known_policies():
@@ -184,7 +202,6 @@ def status(session: Session = None) -> None:
     """
     from ..ipc.liveness import owner_is_alive
     from ..ipc.names import planner_name
-    from ..ipc.status import Field, state_name
     from ..planners.group import Group
     from ..planners.life import silent_planner
 
@@ -192,15 +209,35 @@ def status(session: Session = None) -> None:
     with reaching(config.session):
         there = owner_is_alive(planner_name(config.session))
         group = Group.attach(config.session, writable=False, who="eplb status")
-    table = Table("", *(f"rank {n}" for n in range(len(group.ranks))), title=config.session)
-    for field in Field:
-        values = [rank.status[field] for rank in group.ranks]
-        shown = map(state_name if field is Field.STATE else str, values)
-        table.add_row(field.name.lower(), *shown)
-    Console().print(table)
+    _show_ranks(config.session, [rank.status.snapshot() for rank in group.ranks])
     alive = silent_planner(config.session) or "planner: running"
     typer.echo(alive if there else "planner: none, experts stay where they are")
     group.close()
+
+
+def _show_ranks(session: str, ranks: list[dict[str, int]]) -> None:
+    """A row for each rank, which 80 columns hold, and below what else is not zero."""
+    from ..ipc.status import state_name
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for heading in ("EP\nrank", "step", "epoch", "state", *_COUNTERS, "received\nMiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, words in enumerate(ranks):
+        head = number, words["step"], words["epoch"], state_name(words["state"])
+        counts = [words[name] for name in _COUNTERS.values()]
+        cells = *head, *counts, f"{words['received_bytes'] / 2**20:.1f}"
+        table.add_row(*map(str, cells))
+    typer.echo(f"session {session}")
+    _console().print(table, end="")
+    for number, words in enumerate(ranks):
+        said = [f"{name} {words[name]}" for name in _RARE if words[name]]
+        if said:
+            typer.echo(f"EP rank {number}: {', '.join(said)}")
+
+
+def _console() -> Console:
+    """The terminal, or 160 columns of plain text where there is none."""
+    return Console(width=None if Console().is_terminal else 160)
 
 
 @app.command()
@@ -276,8 +313,18 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point of the command."""
-    app()
+    """Entry point of the command; 1 and a sentence where its output cannot be written."""
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        sys.exit(f"eplb: the output cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from flash_eplb.ipc.rank_segment import RankSegment
 from flash_eplb.ipc.segment import take_name
 from flash_eplb.ipc.session import dead_names, remove_dead, segment_names, sessions
 from flash_eplb.ipc.shape import GroupShape, ModelShape
-from flash_eplb.ipc.status import Field
+from flash_eplb.ipc.status import Field, State
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -365,6 +366,57 @@ def test_status_names_a_rank_that_is_missing(session):
     assert result.stderr.startswith(
         f"eplb: the engine of session {session!r} is not complete: EP rank 1 has no shared memory "
     )
+
+
+def test_status_of_many_ranks_fits_80_columns(session, environment):
+    environment.setenv("COLUMNS", "80")
+    environment.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    shape = GroupShape((ModelShape("m", 1),), 4, 12, 3, (0,), (8,), 1, 8)
+    ranks = [RankSegment.create(session, shape, rank, 1) for rank in range(12)]
+    for number, rank in enumerate(ranks):
+        rank.status[Field.STEP] = 12345678
+        rank.status[Field.STATE] = State.STAGING
+        rank.status[Field.MOVED_ROWS] = 1000 + number
+        rank.status[Field.RECEIVED_BYTES] = 5 << 33
+        rank.publish()
+    ranks[3].status[Field.DAMAGED] = 2
+    ranks[3].status[Field.HEAT_MERGED] = 7
+    result = eplb("status", "--session", session)
+    for rank in ranks:
+        rank.close()
+    assert result.exit_code == 0
+    out = re.sub("\x1b\\[[0-9;]*m", "", result.stdout)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    rows = [line.split() for line in out.splitlines() if "12345678" in line]
+    assert rows == [
+        [str(n), "12345678", "0", "staging", "0", "0", "0", str(1000 + n), "40960.0"]
+        for n in range(12)
+    ]
+    assert out.splitlines()[-2] == "EP rank 3: heat_merged 7, damaged 2"
+
+
+@pytest.mark.parametrize("command", ["version", "config", "--help"])
+def test_an_output_that_cannot_be_written_is_one_sentence(command):
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "flash_eplb.eplb.cli", command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert found.returncode == 1
+    assert found.stderr == "eplb: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["version", "config", "--help"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", command]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")
 
 
 def test_version():
