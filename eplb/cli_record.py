@@ -39,6 +39,8 @@ def record(
     from ..planners.group import Group
     from ..planners.recorder import recorder_of
 
+    if not output:
+        fail("-o is empty; name the folder of the recording")
     if not seconds >= 0:
         fail(f"--seconds is {seconds}; it must be at least 0")
     config = load(session=session)

@@ -170,6 +170,12 @@ def test_without_an_engine_it_is_one_sentence(session, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_without_a_name_is_refused():
+    result = invoke("-o", "")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "eplb: -o is empty; name the folder of the recording\n"
+
+
 @pytest.mark.parametrize("seconds", ["-1", "nan"])
 def test_seconds_below_none_are_refused(tmp_path, seconds):
     result = invoke("-o", tmp_path / "seen", "--seconds", seconds)
