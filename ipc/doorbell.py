@@ -17,6 +17,7 @@ import stat
 
 from .limits import LimitError, bell_trouble
 from .liveness import NO_FILE, SegmentError, wrong_mode
+from .session import unlink_own
 
 _RING = b"\x01"
 _AT_ONCE = 4096
@@ -91,25 +92,18 @@ class Doorbell:
         return bells
 
     def close(self) -> None:
-        """Close this end; the owner unlinks the name. Safe to call twice."""
+        """Close this end; the owner unlinks the name first, unless it is another's by now.
+
+        Safe to call twice.
+        """
         if self._owner:
             # crash point: bell.close.begin
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(_path(self._name))
+            unlink_own(self._name, self._descriptor)
             # crash point: bell.close.unlinked
             self._owner = False
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def is_bell_of_ours(name: str) -> bool:
-    """Whether there is a FIFO of this user by the name."""
-    try:
-        status = os.lstat(_path(name))
-    except FileNotFoundError:
-        return False
-    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _path(name: str) -> str:

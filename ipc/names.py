@@ -22,6 +22,11 @@ def check_session(session: str) -> str:
     return session
 
 
+def session_of(name: str) -> str:
+    """The session that `name`, one of those above, belongs to."""
+    return name.split(".")[1]
+
+
 def rank_name(session: str, rank: int) -> str:
     """Name of a worker's segment."""
     return f"/eplb.{session}.rank.{rank}"

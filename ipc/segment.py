@@ -11,7 +11,6 @@ Death: a segment whose lock is free is a leftover. It is removed under the sessi
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -35,7 +34,7 @@ from .liveness import (
     owner_is_alive,
     wrong_mode,
 )
-from .session import remove_dead, session_lock
+from .session import remove_dead, session_lock, unlink_own
 
 LAYOUT = 7
 """Version of everything that lies in a segment or beside it; a reader of another one refuses it."""
@@ -169,11 +168,13 @@ class Segment:
         return self._probe_fd is None or is_locked(self._probe_fd)
 
     def close(self) -> None:
-        """Unmap; the owner unlinks the name first. Safe to call twice."""
+        """Unmap; the owner unlinks the name first, unless it is another's by now.
+
+        The owner must not hold the session lock. Safe to call twice.
+        """
         if self._lock_fd is not None and self._owner_pid == os.getpid():
             # crash point: segment.close.begin
-            with contextlib.suppress(posix_ipc.ExistentialError):
-                posix_ipc.unlink_shared_memory(self.name)
+            unlink_own(self.name, self._lock_fd)
             # crash point: segment.close.unlinked
             os.close(self._lock_fd)
             self._lock_fd = None

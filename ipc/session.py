@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 
-from .doorbell import is_bell_of_ours
 from .liveness import SegmentError, owner_is_alive
-from .names import bell_name, rank_name
+from .names import bell_name, rank_name, session_of
+
+_CLOSING_SECONDS = 2.0
+"""What an owner that ends waits at most for the session lock, so that it ends."""
 
 
 @contextlib.contextmanager
@@ -53,17 +56,30 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
         yield
     finally:
         # crash point: lock.ending
-        with contextlib.suppress(FileNotFoundError):
+        if _is_same_file(path, fd):
             os.unlink(path)
         # crash point: lock.unlinked
         os.close(fd)
 
 
 def _is_same_file(path: str, fd: int) -> bool:
+    """Whether `path` still names the file behind `fd`: somebody may have removed the name."""
     try:
-        return os.stat(path).st_ino == os.fstat(fd).st_ino
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def unlink_own(name: str, fd: int) -> None:
+    """Remove `name` if it is still that of the file behind `fd`; for an owner that ends.
+
+    A name that was removed from outside may belong to another engine by now. Takes the session
+    lock; where that cannot be had in time the name stays, as a dead owner's does.
+    """
+    path = "/dev/shm" + name
+    with contextlib.suppress(SegmentError), session_lock(session_of(name), _CLOSING_SECONDS):
+        if _is_same_file(path, fd):
+            os.unlink(path)
 
 
 def sessions() -> list[str]:
@@ -90,9 +106,18 @@ def dead_names(session: str) -> list[str]:
     """
     dead = [name for name in segment_names(session) if not _may_live(name)]
     bell = bell_name(session)
-    if not _may_live(rank_name(session, 0)) and is_bell_of_ours(bell):
+    if not _may_live(rank_name(session, 0)) and _is_bell_of_ours(bell):
         return [bell, *dead]
     return dead
+
+
+def _is_bell_of_ours(name: str) -> bool:
+    """Whether there is a FIFO of this user by the name."""
+    try:
+        status = os.lstat("/dev/shm" + name)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _may_live(name: str) -> bool:

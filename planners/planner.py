@@ -137,7 +137,7 @@ class Planner:
         finally:
             life.cancel()
             self._executor.shutdown()
-            self._release(lock)
+            lock.close()
         log.info("planner stopped")
 
     def _take_lock(self) -> Segment:
@@ -149,10 +149,6 @@ class Planner:
             if not silent:
                 raise
             raise SegmentInUseError(f"session {self._session!r} is in use: the {silent}") from None
-
-    def _release(self, lock: Segment) -> None:
-        with contextlib.suppress(SegmentError), session_lock(self._session):
-            lock.close()
 
     async def _find_engine(self) -> Group | None:
         """The engine of the session, as soon as there is one that can be served."""

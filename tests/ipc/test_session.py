@@ -199,6 +199,45 @@ def test_another_users_segments_are_neither_dead_nor_taken(session, own, monkeyp
         remove_dead(session)
 
 
+def test_an_owner_that_ends_leaves_a_name_that_is_another_engines_by_now(session):
+    names = rank_name(session, 0), bell_name(session)
+    old = take_name(session, names[0], b"", 10, 1), Doorbell.create(names[1])
+    for name in names:
+        os.unlink(f"/dev/shm{name}")  # rm, or systemd's RemoveIPC at a logout
+    new = take_name(session, names[0], b"", 10, 2), Doorbell.create(names[1])
+    for end in reversed(old):
+        end.close()
+    assert owner_is_alive(names[0])
+    assert has_bell(session)
+    for end in reversed(new):
+        end.close()
+    assert segment_names(session) == []
+    assert not has_bell(session)
+
+
+def test_an_owner_that_ends_removes_its_name_under_the_lock_only(session, start, monkeypatch):
+    monkeypatch.setattr("flash_eplb.ipc.session._CLOSING_SECONDS", 0.0)
+    name = rank_name(session, 0)
+    segment = take_name(session, name, b"", 10, 1)
+    holder = start(HOLDER, session)
+    holder.line()
+    segment.close()
+    assert segment_names(session) == [name]
+    holder.end()
+    assert not owner_is_alive(name)
+    with session_lock(session):
+        assert remove_dead(session) == [name]
+
+
+def test_a_lock_whose_name_was_removed_meanwhile_is_not_removed_again(session):
+    with session_lock(session):
+        os.unlink(lock_file(session))
+        with open(lock_file(session), "wb"):  # another process's by now
+            pass
+    assert os.path.exists(lock_file(session))
+    os.unlink(lock_file(session))
+
+
 def test_the_lock_exists_only_while_it_is_held(session):
     assert not os.path.exists(lock_file(session))
     with session_lock(session):
