@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -250,14 +249,13 @@ def clean(
     Example: eplb clean --dry-run
     """
     from ..ipc.liveness import SegmentError
-    from ..ipc.session import dead_names, remove_dead, session_lock, sessions
+    from ..ipc.session import clean_session, dead_names, sessions
 
     chosen = [load(session=session).session] if session else sessions()
     found = failed = 0
     for name in chosen:
         try:
-            with contextlib.nullcontext() if dry_run else session_lock(name):
-                names = dead_names(name) if dry_run else remove_dead(name)
+            names = dead_names(name) if dry_run else clean_session(name)
         except SegmentError as error:
             typer.echo(f"eplb: {error}", err=True)
             failed += 1

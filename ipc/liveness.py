@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 
 NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """How a link, a directory and a socket refuse to be opened."""
+
+OTHER_MAGIC = "it has another magic; remove it or choose another EPLB_SESSION"
+
+MAGIC = b"FLSHEPLB"
+"""The first bytes of a segment that is published; before, they are zero."""
 
 
 class SegmentError(Exception):
@@ -30,15 +37,12 @@ def owner_is_alive(name: str) -> bool:
         SegmentError: the segment belongs to another user, or is no file.
     """
     try:
-        fd = open_fd(name, writable=False)
+        with opened(name) as fd:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise SegmentError(foreign(name, os.fstat(fd).st_uid))
+            return is_locked(fd)
     except SegmentAbsentError:
         return False
-    try:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise SegmentError(foreign(name, os.fstat(fd).st_uid))
-        return is_locked(fd)
-    finally:
-        os.close(fd)
 
 
 def is_locked(fd: int) -> bool:
@@ -49,6 +53,16 @@ def is_locked(fd: int) -> bool:
         return True
     fcntl.flock(fd, fcntl.LOCK_UN)
     return False
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[int]:
+    """A descriptor of segment `name` for a look at it; raises what `open_fd` does."""
+    fd = open_fd(name, writable=False)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_fd(name: str, writable: bool) -> int:
@@ -96,6 +110,18 @@ def _forbidden(name: str, error: OSError) -> str:
 def wrong_mode(mode: int) -> str:
     """What to say of a file of ours that flash_eplb has not made as it is."""
     return f"its mode is {stat.S_IMODE(mode):04o}, ours is 0600; remove it"
+
+
+def why_not_ours(fd: int) -> str:
+    """Why the file behind `fd` is no segment or lock that flash_eplb has made; "" if it may be."""
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user id {status.st_uid}, not to {os.geteuid()}"
+    if stat.S_IMODE(status.st_mode) != 0o600:
+        return wrong_mode(status.st_mode)
+    if os.pread(fd, len(MAGIC), 0) not in (b"", bytes(len(MAGIC)), MAGIC):
+        return OTHER_MAGIC
+    return ""
 
 
 def foreign(name: str, uid: int) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_NAME = re.compile(rf"/eplb\.({_SESSION.pattern})\.(rank\.\d{{1,9}}|planner|bell|lock)")
 
 
 def check_session(session: str) -> str:
@@ -23,8 +24,9 @@ def check_session(session: str) -> str:
 
 
 def session_of(name: str) -> str:
-    """The session that `name`, one of those above, belongs to."""
-    return name.split(".")[1]
+    """The session that `name` belongs to; "" if it is none of those above."""
+    found = _NAME.fullmatch(name)
+    return found[1] if found else ""
 
 
 def rank_name(session: str, rank: int) -> str:
@@ -40,3 +42,8 @@ def planner_name(session: str) -> str:
 def bell_name(session: str) -> str:
     """Name of the doorbell's FIFO."""
     return f"/eplb.{session}.bell"
+
+
+def lock_name(session: str) -> str:
+    """Name of the session's lock."""
+    return f"/eplb.{session}.lock"

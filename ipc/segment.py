@@ -11,6 +11,7 @@ Death: a segment whose lock is free is a leftover. It is removed under the sessi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -26,12 +27,16 @@ import posix_ipc
 from .atomics import WORD, load_acquire, store_release
 from .limits import LimitError, no_room
 from .liveness import (
+    MAGIC,
+    OTHER_MAGIC,
     SegmentError,
     SegmentInUseError,
     foreign,
     is_locked,
     open_fd,
+    opened,
     owner_is_alive,
+    why_not_ours,
     wrong_mode,
 )
 from .session import remove_dead, session_lock, unlink_own
@@ -39,7 +44,7 @@ from .session import remove_dead, session_lock, unlink_own
 LAYOUT = 7
 """Version of everything that lies in a segment or beside it; a reader of another one refuses it."""
 
-_MAGIC = int.from_bytes(b"FLSHEPLB", "little")
+_MAGIC = int.from_bytes(MAGIC, "little")
 _PREAMBLE = struct.Struct("<QIIIIqI")  # magic, layout, header bytes, uid, pid, generation, crc
 _MOST_HEADER = 2**20
 ALIGNMENT = 64
@@ -88,9 +93,7 @@ class Segment:
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
         except posix_ipc.ExistentialError:
-            raise SegmentError(
-                f"shared memory {name} exists already; run `eplb clean` if nothing uses it"
-            ) from None
+            raise SegmentError(f"shared memory {name} exists already{_why_kept(name)}") from None
         except (OSError, posix_ipc.Error) as error:
             raise SegmentError(f"shared memory {name} cannot be made: {error}") from error
         lock_fd = None
@@ -211,7 +214,7 @@ def parse_header(name: str, content: memoryview) -> tuple[bytes, int, int]:
 
 def _not_published(magic: int) -> str:
     if magic:
-        return "not flash_eplb's: it has another magic; remove it or choose another EPLB_SESSION"
+        return f"not flash_eplb's: {OTHER_MAGIC}"
     return "not ready: its owner has not published it yet"
 
 
@@ -233,6 +236,16 @@ def take_name(session: str, name: str, header: bytes, body_bytes: int, generatio
         remove_dead(session)
         # crash point: take.removed
         return Segment.create(name, header, body_bytes, generation)
+
+
+def _why_kept(name: str) -> str:
+    """What to say of a name that exists though what dead processes left has been removed."""
+    why = ""
+    with contextlib.suppress(SegmentError), opened(name) as fd:
+        why = why_not_ours(fd)
+    if why:
+        return f", and flash_eplb has not made it: {why}"
+    return "; run `eplb clean` if nothing uses it"
 
 
 def _pid_of(name: str) -> str:

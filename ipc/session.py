@@ -9,8 +9,8 @@ import stat
 import time
 from collections.abc import Iterator
 
-from .liveness import SegmentError, owner_is_alive
-from .names import bell_name, rank_name, session_of
+from .liveness import SegmentError, is_locked, opened, owner_is_alive, why_not_ours
+from .names import bell_name, lock_name, rank_name, session_of
 
 _CLOSING_SECONDS = 2.0
 """What an owner that ends waits at most for the session lock, so that it ends."""
@@ -26,7 +26,7 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
     Raises:
         SegmentError: the lock was not free within `timeout` seconds, or is another user's.
     """
-    path = f"/dev/shm/eplb.{session}.lock"
+    path = "/dev/shm" + lock_name(session)
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -84,27 +84,33 @@ def unlink_own(name: str, fd: int) -> None:
 
 def sessions() -> list[str]:
     """Sessions that have a name in /dev/shm, dead or alive."""
-    names = (entry.split(".") for entry in os.listdir("/dev/shm") if entry.startswith("eplb."))
-    return sorted({parts[1] for parts in names if len(parts) >= 3})
+    return sorted({session_of(name) for name in _names()} - {""})
+
+
+def _names() -> list[str]:
+    """Everything in /dev/shm, as names are written here."""
+    return sorted("/" + entry for entry in os.listdir("/dev/shm"))
 
 
 def segment_names(session: str) -> list[str]:
     """Segments of `session`; its lock and its doorbell are none."""
-    prefix = f"eplb.{session}."
-    return sorted(
-        "/" + entry
-        for entry in os.listdir("/dev/shm")
-        if entry.startswith(prefix) and not entry.endswith((".lock", ".bell"))
-    )
+    others = lock_name(session), bell_name(session)
+    return [name for name in _names() if session_of(name) == session and name not in others]
 
 
 def dead_names(session: str) -> list[str]:
-    """What dead owners of `session` left: doorbell and segments; another user's are passed over.
+    """What dead owners of `session` left, its lock among it; strangers' files are passed over."""
+    lock = lock_name(session)
+    return [*_dead_owners_names(session), *([lock] if _is_leftover(lock) else [])]
+
+
+def _dead_owners_names(session: str) -> list[str]:
+    """Doorbell and segments that dead owners of `session` left.
 
     The doorbell has no lock of its own: its owner makes it after the segment of rank 0 and removes
     it before. So it comes first, and what a cleaner that dies in between leaves can be told dead.
     """
-    dead = [name for name in segment_names(session) if not _may_live(name)]
+    dead = [name for name in segment_names(session) if _is_leftover(name)]
     bell = bell_name(session)
     if not _may_live(rank_name(session, 0)) and _is_bell_of_ours(bell):
         return [bell, *dead]
@@ -117,7 +123,16 @@ def _is_bell_of_ours(name: str) -> bool:
         status = os.lstat("/dev/shm" + name)
     except FileNotFoundError:
         return False
-    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+    return status.st_mode == stat.S_IFIFO | 0o600 and status.st_uid == os.geteuid()
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether `name` is a segment or a lock that flash_eplb has made, and its owner is dead."""
+    try:
+        with opened(name) as fd:
+            return not why_not_ours(fd) and not is_locked(fd)
+    except SegmentError:
+        return False
 
 
 def _may_live(name: str) -> bool:
@@ -131,12 +146,23 @@ def _may_live(name: str) -> bool:
 def remove_dead(session: str) -> list[str]:
     """Unlink what dead owners of `session` left and return the names. Call it under the lock."""
     removed = []
-    for name in dead_names(session):
+    for name in _dead_owners_names(session):
         with contextlib.suppress(FileNotFoundError):
             os.unlink("/dev/shm" + name)
             removed.append(name)
         # crash point: remove.name
     return removed
+
+
+def clean_session(session: str) -> list[str]:
+    """Remove what dead owners of `session` left, its lock among it, and return the names.
+
+    Raises:
+        SegmentError: as `session_lock`.
+    """
+    lock = [name for name in dead_names(session) if name == lock_name(session)]
+    with session_lock(session):  # which takes over a lock that was left, and removes it
+        return remove_dead(session) + lock
 
 
 def sweep(session: str, patience: float) -> None:

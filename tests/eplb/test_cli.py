@@ -275,9 +275,9 @@ def test_clean_removes_the_dead_of_a_session_that_lives(session, start):
 def test_clean_removes_the_lock_of_a_killed_holder(session):
     lock = f"/dev/shm/eplb.{session}.lock"
     os.close(os.open(lock, os.O_CREAT, 0o600))
-    assert eplb("clean", "--dry-run").exit_code == 0
+    assert eplb("clean", "--dry-run").stdout == f"would remove /eplb.{session}.lock\n"
     assert os.path.exists(lock)
-    assert eplb("clean").exit_code == 0
+    assert eplb("clean").stdout == f"removed /eplb.{session}.lock\n"
     assert not os.path.exists(lock)
 
 

@@ -182,8 +182,7 @@ def test_too_little_shared_memory_is_refused_for_the_whole_group(workers, sessio
 
 def test_what_dead_ranks_left_does_not_count_as_taken(workers, session, monkeypatch):
     left = f"/dev/shm{rank_name(session, 5)}"
-    with open(left, "wb"):
-        pass
+    os.close(os.open(left, os.O_CREAT, 0o600))
     monkeypatch.setattr(
         "flash_eplb.ipc.limits.free_bytes", lambda: 0 if os.path.exists(left) else 10**9
     )

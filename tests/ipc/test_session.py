@@ -5,9 +5,10 @@ import pytest
 
 from flash_eplb.ipc.doorbell import Doorbell
 from flash_eplb.ipc.liveness import SegmentError, SegmentInUseError, owner_is_alive
-from flash_eplb.ipc.names import bell_name, planner_name, rank_name
+from flash_eplb.ipc.names import bell_name, lock_name, planner_name, rank_name
 from flash_eplb.ipc.segment import Segment, take_name
 from flash_eplb.ipc.session import (
+    clean_session,
     dead_names,
     remove_dead,
     segment_names,
@@ -176,11 +177,68 @@ def test_other_sessions_are_left_alone(session, own):
 
 def test_a_leftover_that_no_segment_is_can_be_removed(session):
     path = f"/dev/shm/eplb.{session}.rank.0"
-    with open(path, "wb"):
-        pass
-    assert dead_names(session) == [rank_name(session, 0)]
+    for content in (b"", bytes(7), bytes(100)):  # an owner died before it had published
+        leave_file(path, content)
+        assert dead_names(session) == [rank_name(session, 0)] * (len(content) != 7)
+        os.unlink(path)
+    leave_file(path, b"")
     take_name(session, rank_name(session, 0), b"", 10, 1).close()
     assert not os.path.exists(path)
+
+
+def leave_file(path, content, mode=0o600):
+    with open(path, "wb") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    "kind", ["notes.csv", "rank", "rank.", "rank.0.txt", "rank.x", "planner.2", "bell.0", "bells"]
+)
+def test_a_file_whose_name_is_none_of_ours_stays(session, kind):
+    path = f"/dev/shm/eplb.{session}.{kind}"
+    leave_file(path, b"")
+    assert session not in sessions()
+    assert dead_names(session) == segment_names(session) == []
+    take_name(session, planner_name(session), b"", 10, 1).close()
+    os.unlink(path)
+
+
+@pytest.mark.parametrize("entry", ["eplb..rank.0", "eplb.a b.rank.1", f"eplb.{'a' * 33}.planner"])
+def test_a_name_of_a_session_that_none_can_be_is_none_of_ours(entry):
+    leave_file(f"/dev/shm/{entry}", b"")
+    try:
+        assert not {"", "a b", "a" * 33} & set(sessions())
+    finally:
+        os.unlink(f"/dev/shm/{entry}")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "why"),
+    [
+        (b"my notes", 0o600, "it has another magic; remove it or choose another EPLB_SESSION"),
+        (b"1\n", 0o600, "it has another magic; remove it or choose another EPLB_SESSION"),
+        (b"", 0o640, "its mode is 0640, ours is 0600; remove it"),
+    ],
+)
+def test_a_file_of_our_name_that_is_not_ours_stays_and_is_named(session, content, mode, why):
+    name = rank_name(session, 0)
+    leave_file(f"/dev/shm{name}", content, mode)
+    assert dead_names(session) == []
+    with pytest.raises(SegmentError) as error:
+        take_name(session, name, b"", 10, 1)
+    assert str(error.value) == (
+        f"shared memory {name} exists already, and flash_eplb has not made it: {why}"
+    )
+    os.unlink(f"/dev/shm{name}")
+
+
+def test_a_lock_that_was_left_is_listed_but_one_that_is_held_is_not(session):
+    leave_file(lock_file(session), b"")
+    assert dead_names(session) == [lock_name(session)]
+    assert clean_session(session) == [lock_name(session)]
+    with session_lock(session):
+        assert dead_names(session) == []
 
 
 def test_another_users_segments_are_neither_dead_nor_taken(session, own, monkeypatch):
