@@ -62,6 +62,9 @@ _RARE = ("stale", "mismatches", "heat_merged", "heat_dropped", "quarantined_rows
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """How a file refuses what is written to it; of a pipe typer sees to it."""
 
+_FILES = 16
+"""Files that a planner opens before it has found an engine, those of its event loop among them."""
+
 Session = Annotated[str | None, typer.Option(help="Session of the engine (EPLB_SESSION).")]
 
 
@@ -114,10 +117,12 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     """
     import uvloop
 
+    from ..ipc.limits import check_files
     from ..planners.expert_map import SavedPlacement, read_map
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
 
+    check_files(_FILES, "the planner")
     choice = choose(config.policy)
     options = options_of(config, choice)
     _check_paths(config)

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 
-from .liveness import SegmentError
+from .liveness import SegmentError, lack_of_files
 
 _ENLARGE = "docker run --shm-size=1g, mount -o remount,size=1G /dev/shm"
 
@@ -47,10 +47,24 @@ def check_memory(ranks: int, fixed_bytes: int, step_bytes: int, ring_steps: int)
 
 def no_room(name: str, size: int, error: OSError) -> str:
     """What to say when `size` bytes for segment `name` could not be had at its creation."""
+    if why := lack_of_files(error):
+        return f"shared memory {name} cannot be made: {why}"
     return (
         f"shared memory {name} needs {_mib(size)}, /dev/shm has {_mib(free_bytes())} free "
         f"({error.strerror}); lower EPLB_RING_STEPS or enlarge it ({_ENLARGE})"
     )
+
+
+def lack(error: OSError) -> str:
+    """What to say where `error` is that a file in /dev/shm could not be opened or made for a limit
+    on their number; "" if it is another one."""
+    status = os.statvfs("/dev/shm")
+    if error.errno == errno.ENOSPC and status.f_files and not status.f_favail:
+        return (
+            "/dev/shm has no inodes left (`df -i /dev/shm`); remove files there or allow more "
+            f"(mount -o remount,nr_inodes={2 * status.f_files} /dev/shm)"
+        )
+    return lack_of_files(error)
 
 
 def check_files(more: int, what: str) -> None:
@@ -76,12 +90,8 @@ def check_files(more: int, what: str) -> None:
 
 def bell_trouble(name: str, error: OSError) -> str:
     """What to say when the FIFO of doorbell `name` could not be made."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return (
-            f"doorbell {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is "
-            f"{limit}); raise it with `ulimit -n {2 * limit}`"
-        )
+    if why := lack_of_files(error):
+        return f"doorbell {name} cannot be made: {why}"
     if error.errno == errno.ENOSPC:
         return (
             f"doorbell {name} cannot be made: /dev/shm has {os.statvfs('/dev/shm').f_favail} files "

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import stat
 from collections.abc import Iterator
 
@@ -82,11 +83,23 @@ def open_fd(name: str, writable: bool) -> int:
     except OSError as error:
         if error.errno in NO_FILE:
             raise SegmentError(_no_file(name)) from error
-        raise SegmentError(f"shared memory {name} cannot be opened: {error.strerror}") from error
+        why = lack_of_files(error) or error.strerror
+        raise SegmentError(f"shared memory {name} cannot be opened: {why}") from error
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)
     raise SegmentError(_no_file(name))
+
+
+def lack_of_files(error: OSError) -> str:
+    """What to say where `error` is that no more files may be opened; "" if it is another one."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"no more files may be opened (RLIMIT_NOFILE is {limit}); raise it with "
+        f"`ulimit -n {2 * limit}`"
+    )
 
 
 def _no_file(name: str) -> str:

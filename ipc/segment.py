@@ -25,7 +25,7 @@ import numpy as np
 import posix_ipc
 
 from .atomics import WORD, load_acquire, store_release
-from .limits import LimitError, no_room
+from .limits import LimitError, lack, no_room
 from .liveness import (
     MAGIC,
     OTHER_MAGIC,
@@ -95,7 +95,8 @@ class Segment:
         except posix_ipc.ExistentialError:
             raise SegmentError(f"shared memory {name} exists already{_why_kept(name)}") from None
         except (OSError, posix_ipc.Error) as error:
-            raise SegmentError(f"shared memory {name} cannot be made: {error}") from error
+            why = (isinstance(error, OSError) and lack(error)) or error
+            raise LimitError(f"shared memory {name} cannot be made: {why}") from error
         lock_fd = None
         try:
             # crash point: segment.create.made
@@ -105,10 +106,12 @@ class Segment:
             # crash point: segment.create.locked
             segment = cls(name, shm.fd, writable=True, lock_fd=lock_fd)
             # crash point: segment.create.mapped
-        except OSError as error:
+        except (OSError, SegmentError) as error:
             posix_ipc.unlink_shared_memory(name)
             if lock_fd is not None:
                 os.close(lock_fd)
+            if isinstance(error, SegmentError):
+                raise
             raise LimitError(no_room(name, size, error)) from error
         finally:
             shm.close_fd()

@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 
+from .limits import lack
 from .liveness import SegmentError, is_locked, opened, owner_is_alive, why_not_ours
 from .names import bell_name, lock_name, rank_name, session_of
 
@@ -32,9 +33,9 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            why = lack(error) or f"{error.strerror}; choose another EPLB_SESSION"
             raise SegmentError(
-                f"the lock of session {session!r} ({path}) cannot be opened: {error.strerror}; "
-                "choose another EPLB_SESSION"
+                f"the lock of session {session!r} ({path}) cannot be opened: {why}"
             ) from error
         try:
             # crash point: lock.opened

@@ -191,6 +191,20 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert "MIN_GAIN" not in found.stderr
 
 
+@pytest.mark.parametrize("most", [8, 12, 16])
+def test_a_planner_that_may_open_too_few_files_says_so_in_one_sentence(session, most):
+    command = f'ulimit -n {most}; exec "$0" -m flash_eplb.eplb.cli planner --session {session}'
+    found = subprocess.run(
+        ["sh", "-c", command, sys.executable], capture_output=True, text=True, timeout=50
+    )
+    assert found.returncode == 1
+    assert re.fullmatch(
+        rf"eplb: the planner opens 16 files and may open \d+ \(RLIMIT_NOFILE is {most}, \d+ are "
+        r"open\); raise it with `ulimit -n \d+`\n",
+        found.stderr,
+    )
+
+
 @pytest.fixture
 def dead(session, start):
     """`dead(name)` is a session of this name in which a process left a bell and a segment."""

@@ -1,13 +1,18 @@
+import contextlib
 import errno
 import os
 import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from flash_eplb.ipc.doorbell import Doorbell
 from flash_eplb.ipc.limits import LimitError, check_files, check_memory
-from flash_eplb.ipc.names import bell_name
+from flash_eplb.ipc.liveness import SegmentError
+from flash_eplb.ipc.names import bell_name, lock_name, planner_name
+from flash_eplb.ipc.segment import take_name
 
 MIB = 2**20
 
@@ -91,6 +96,75 @@ def test_a_doorbell_for_which_no_file_is_left_names_the_limit(name, limit):
     assert str(error.value) == (
         f"doorbell {name} cannot be made: no more files may be opened (RLIMIT_NOFILE is {used}); "
         f"raise it with `ulimit -n {2 * used}`"
+    )
+
+
+@contextlib.contextmanager
+def files_left(count):
+    """This process may open `count` more files within the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        for _ in range(count):
+            os.close(held.pop())
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_a_segment_for_which_no_file_is_left_names_the_limit_and_leaves_nothing(session, count):
+    name = planner_name(session)
+    with files_left(count), pytest.raises(SegmentError) as error:
+        take_name(session, name, b"", 10, 1)
+    lock = f"the lock of session {session!r} (/dev/shm{lock_name(session)})"
+    what = f"shared memory {name}" if count else lock
+    assert str(error.value) == (
+        f"{what} cannot be {'made' if count > 2 else 'opened'}: no more files may be "
+        "opened (RLIMIT_NOFILE is 128); raise it with `ulimit -n 256`"
+    )
+    assert not os.path.exists(f"/dev/shm{name}")
+    with files_left(4):
+        segment = take_name(session, name, b"", 10, 1)
+    segment.close()
+
+
+NO_INODES = """
+import sys
+from flash_eplb.ipc.liveness import SegmentError
+from flash_eplb.ipc.segment import take_name
+
+try:
+    take_name("s", "/eplb.s.planner", b"", 10, 1)
+except SegmentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("inodes", "what"),
+    [
+        (1, "the lock of session 's' (/dev/shm/eplb.s.lock) cannot be opened"),
+        (2, "shared memory /eplb.s.planner cannot be made"),
+    ],
+)
+def test_where_no_inode_is_left_that_is_said_and_not_that_memory_lacks(inodes, what):
+    mount = f"mount -t tmpfs -o size=8m,nr_inodes={inodes} tmpfs /dev/shm"
+    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" -c "$1"']
+    run = subprocess.run(
+        [*command, sys.executable, NO_INODES], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        pytest.skip(f"no file system can be mounted here: {run.stderr.strip()}")
+    assert run.stdout == (
+        f"{what}: /dev/shm has no inodes left (`df -i /dev/shm`); remove files there or allow more "
+        f"(mount -o remount,nr_inodes={2 * inodes} /dev/shm)\n"
     )
 
 
