@@ -24,7 +24,7 @@ from ..ipc.flags import FLAG_DUMMY
 from ..ipc.limits import check_files, check_memory
 from ..ipc.liveness import SegmentAbsentError, SegmentError
 from ..ipc.names import bell_name, rank_name
-from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes, why_silent
+from ..ipc.rank_segment import RankSegment, segment_bytes, step_bytes
 from ..ipc.session import remove_dead, session_lock
 from ..ipc.shape import GroupShape, ModelShape
 from ..ipc.status import Field
@@ -92,7 +92,7 @@ class Worker:
         self.refused = ""
         self._started = False
         self._segment: RankSegment | None = None
-        self._box_segment: RankSegment | None = None
+        self._peers: list[RankSegment] = []
         self._stagers: StagerPool | None = None
         self._bell: Doorbell | None = None
         self._watch: PlannerWatch | None = None
@@ -186,7 +186,7 @@ class Worker:
             Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
-            self._group.together(lambda: self._find_box(generation))
+            self._group.together(lambda: self._find_peers(generation))
             self._group.together(self._build)
         except UnsupportedError as error:
             self.refused = str(error)
@@ -223,7 +223,7 @@ class Worker:
     def _check_limits(self) -> None:
         """Before anything is made, so that the text speaks of the whole group."""
         shape, session = self._shape, self._config.session
-        check_files(2 * shape.ranks + 16, "a worker")
+        check_files(4 * shape.ranks + 16, "a worker")
         if self._group.rank == 0:
             with session_lock(session):
                 remove_dead(session)
@@ -241,31 +241,32 @@ class Worker:
         if rank == 0:
             self._bell = Doorbell.create(bell_name(session))
 
-    def _find_box(self, generation: int) -> None:
-        """Attach to EP rank 0's segment, in which all ranks vote."""
+    def _find_peers(self, generation: int) -> None:
+        """Attach to all ranks' segments: all vote in EP rank 0's, and each tells its worker's death
+        by the lock, also when its name is gone."""
         assert self._segment is not None
-        name = rank_name(self._config.session, 0)
-        if self._group.rank == 0:
-            self._box_segment = self._segment
-            return
+        for rank in range(self._group.ranks):
+            mine = rank == self._group.rank
+            self._peers.append(self._segment if mine else self._find_peer(rank, generation))
+
+    def _find_peer(self, rank: int, generation: int) -> RankSegment:
+        name = rank_name(self._config.session, rank)
         try:
-            found = RankSegment.open(name, writable=True, published=False)
+            found = RankSegment.open(name, writable=rank == 0, published=False)
         except SegmentAbsentError:
             found = None
         if found is not None and found.generation == generation:
-            self._box_segment = found
-            return
+            return found
         raise SegmentError(
-            f"it does not share /dev/shm with EP rank 0 ({name} is not visible), so no planner "
-            "can serve both; run the workers of a group in one container or share /dev/shm"
+            f"it does not share /dev/shm with EP rank {rank} ({name} is not visible), so no "
+            "planner can serve both; run the workers of a group in one container or share /dev/shm"
         )
 
     def _why_silent(self, rank: int) -> str:
-        return why_silent(self._config.session, rank)
+        return self._peers[rank].why_silent()
 
     def _build(self) -> None:
         assert self._segment is not None
-        assert self._box_segment is not None
         config, group, engine, shape = self._config, self._group, self._engine, self._shape
         reference = self._reference if config.verify else None
         staging = Staging(engine.weights, shape.staging_rows, engine.buffer)
@@ -286,7 +287,7 @@ class Worker:
         self._loader = Loader(
             engine,
             self._segment,
-            Vote(self._box_segment.ballots, group.rank, self._why_silent, group.patience),
+            Vote(self._peers[0].ballots, group.rank, self._why_silent, group.patience),
             self._stagers,
             Patrol(shape.layers, shape.slots, config.patrol_steps if config.verify else 0),
             config.vote_steps,
@@ -363,10 +364,10 @@ class Worker:
         if self._stagers is not None:
             self._stagers.close()
             self._stagers = None
-        for segment in (self._segment, self._box_segment):
-            if segment is not None:
-                segment.close()
-        self._segment = self._box_segment = None
+        for segment in (*self._peers, *([self._segment] if self._segment else [])):
+            segment.close()
+        self._segment = None
+        self._peers = []
 
 
 def _boot_id() -> str:

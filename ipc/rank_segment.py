@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from .ballot_box import WORDS, BallotBox
 from .heat_ring import HeatRing
-from .liveness import SegmentError, owner_is_alive
+from .liveness import SegmentError
 from .names import rank_name
 from .placement import try_moves
 from .plan_queue import PlanQueue
@@ -103,6 +103,15 @@ class RankSegment(RankAreas):
         """Whether the worker still lives."""
         return self.segment.owner_is_alive()
 
+    def why_silent(self) -> str:
+        """Why the worker will not vote any more, as in "is dead"; "" if it may.
+
+        Its lock is looked at through the descriptor held here, whatever has become of its name.
+        """
+        if not self.owner_is_alive():
+            return "is dead"
+        return "has stopped balancing" if self.status[Field.STATE] == State.STOPPED else ""
+
     def publish(self) -> None:
         """Let the planner attach."""
         self.segment.publish()
@@ -177,15 +186,13 @@ def why_silent(session: str, rank: int) -> str:
     """Why the worker of `rank` will not vote any more, as in "is dead"; "" if it may.
 
     Raises:
-        SegmentError: it cannot be told.
+        SegmentError: it cannot be told, as when its name is gone.
     """
-    name = rank_name(session, rank)
-    if not owner_is_alive(name):
-        return "is dead"
-    found = RankSegment.open(name)
-    stopped = found.status[Field.STATE] == State.STOPPED
-    found.close()
-    return "has stopped balancing" if stopped else ""
+    found = RankSegment.open(rank_name(session, rank), published=False)
+    try:
+        return found.why_silent()
+    finally:
+        found.close()
 
 
 def segment_bytes(shape: GroupShape) -> int:

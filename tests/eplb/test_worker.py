@@ -2,6 +2,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -189,6 +190,32 @@ def test_what_dead_ranks_left_does_not_count_as_taken(workers, session, monkeypa
     group = workers()
     group.step()
     assert not group.workers[0].refused
+
+
+def test_a_rank_that_is_late_is_not_taken_for_dead_though_its_name_is_gone(
+    workers, session, monkeypatch
+):
+    monkeypatch.setattr("flash_eplb.loaders.vote._LOOK_SECONDS", 0.02)
+    group = workers()
+    group.step(3)
+    for name in segment_names(session):
+        os.unlink(f"/dev/shm{name}")
+    tick = group.workers[1]._loader.tick
+    group.workers[1]._loader.tick = lambda: time.sleep(0.2) or tick()
+    group.step(4)
+    assert [worker._loader.stopped for worker in group.workers] == ["", ""]
+    group.workers[1].close()
+    assert group.workers[0]._why_silent(1) == "is dead"
+
+
+def test_a_worker_that_is_closed_holds_no_segment_open(workers):
+    group = workers()
+    group.step()
+    peers = [peer for worker in group.workers for peer in worker._peers]
+    assert len(peers) == 4
+    group.close()
+    assert all(peer.segment._probe_fd is None for peer in peers)
+    assert all(peer.segment._lock_fd is None for peer in peers)
 
 
 def test_the_phase_of_a_step_is_recorded(workers, session):

@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.ipc.liveness import SegmentError, SegmentInUseError
+from flash_eplb.ipc.liveness import SegmentAbsentError, SegmentError, SegmentInUseError
 from flash_eplb.ipc.names import rank_name
 from flash_eplb.ipc.rank_segment import (
     RankAreas,
@@ -177,14 +179,26 @@ def test_the_file_is_as_long_as_the_shape_says(session):
     rank.close()
 
 
-def test_a_rank_votes_no_more_once_it_has_stopped_or_is_gone(session):
-    assert why_silent(session, 1) == "is dead"
-    worker = RankSegment.create(session, SHAPE, 1, 7)
-    with pytest.raises(SegmentError):  # it may be just starting: patience decides
-        why_silent(session, 1)
-    worker.publish()
-    assert why_silent(session, 1) == ""
+def test_a_rank_votes_no_more_once_it_has_stopped_or_is_dead(session, start):
+    script = start(WORKER, session)
+    script.line()
+    worker = RankSegment.open(rank_name(session, 1), writable=True)
+    assert worker.why_silent() == why_silent(session, 1) == ""
     worker.status[Field.STATE] = State.STOPPED
-    assert why_silent(session, 1) == "has stopped balancing"
+    assert worker.why_silent() == why_silent(session, 1) == "has stopped balancing"
+    script.kill()
+    assert worker.why_silent() == why_silent(session, 1) == "is dead"
     worker.close()
-    assert why_silent(session, 1) == "is dead"
+    os.unlink(f"/dev/shm{rank_name(session, 1)}")
+
+
+def test_that_a_name_is_gone_says_nothing_of_its_owner(session):
+    mine = RankSegment.create(session, SHAPE, 1, 7)
+    found = RankSegment.open(rank_name(session, 1), published=False)
+    os.unlink(f"/dev/shm{rank_name(session, 1)}")
+    assert found.why_silent() == ""
+    with pytest.raises(SegmentAbsentError):
+        why_silent(session, 1)
+    mine.close()
+    assert found.why_silent() == "is dead"
+    found.close()
