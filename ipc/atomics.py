@@ -2,8 +2,9 @@
 
 The hosts are x86-64 and aarch64; on the latter plain stores may be seen out of order by another
 core. Every word that another process waits for is therefore read with `load_acquire` and written
-with `store_release`, and the seqlocks of `heat_ring` and `status` use the two fences. All four are
-numba intrinsics over LLVM's atomic instructions; from Python they cost one call into compiled code.
+with `store_release`; the seqlocks of `heat_ring` and `status` use the two fences, and the ballot
+box swaps one word. All are numba intrinsics over LLVM's atomic instructions; from Python they cost
+one call into compiled code.
 """
 
 from __future__ import annotations
@@ -43,6 +44,21 @@ def _store_release(typingctx, words, index, value):  # type: ignore[no-untyped-d
         return context.get_dummy_value()
 
     return types.void(words, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _compare_and_swap(typingctx, words, index, expected, value):  # type: ignore[no-untyped-def]
+    """Store `value` in `words[index]` if `expected` stands there; returns what stood there.
+
+    Nothing before it is written later, nothing after it is read earlier.
+    """
+
+    def codegen(context, builder, signature, args):
+        pointer = _word_pointer(context, builder, signature, args)
+        found = builder.cmpxchg(pointer, args[2], args[3], "acq_rel", "acquire")
+        return builder.extract_value(found, 0)
+
+    return types.int64(words, types.intp, types.int64, types.int64), codegen
 
 
 def _fence(ordering: str) -> Any:

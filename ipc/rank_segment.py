@@ -249,4 +249,5 @@ def warmup() -> None:
     try_moves(np.zeros((1, 2, 1), np.int32), np.frombuffer(bytes(24), np.int32).reshape(1, 6), 1, 1)
     areas.ballots.cast(0, 1, [0] * WORDS)
     areas.ballots.tally(1)
+    areas.ballots.close(1)
     areas.plans.has_record()

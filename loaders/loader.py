@@ -123,7 +123,7 @@ class Loader:
         try:
             outcome = self._vote.consume()
         except RuntimeError as error:
-            self.stop(f"the vote failed: {error}")
+            self.stop(f"the vote failed: {error}")  # on all ranks, before any acts on it
             return False
         committed = outcome is not None and self._act(outcome)
         if not self.stopped:

@@ -3,7 +3,8 @@
 Every few steps each rank casts a few words into the ballot box (`ipc/ballot_box.py`), and consumes
 the minimum over all ranks exactly as many steps later. All ranks then look at the same numbers at
 the same step, so whatever follows from them alone happens everywhere or nowhere. A vote that was
-issued is never abandoned: others may have acted on it.
+issued is given up by all ranks or by none: who no longer waits for a rank closes the vote in the
+box, unless it is complete by then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..ipc.ballot_box import BallotBox
+from ..ipc.ballot_box import CLOSED, COMPLETE, BallotBox
 
 log = logging.getLogger("flash_eplb.loader")
 
@@ -121,8 +122,8 @@ class Vote:
         box: of the group.
         rank: of this process.
         why_silent: why a rank will not vote any more, as in "is dead"; "" if it may.
-        patience: seconds after which a vote that a living rank owes fails: as long as the engine
-            would wait for that rank in a collective of its own.
+        patience: seconds after which a vote that a living rank owes is given up: as long as the
+            engine would wait for that rank in a collective of its own.
     """
 
     def __init__(
@@ -148,13 +149,14 @@ class Vote:
         Waits for ranks that have not issued it yet, and says so when that takes long.
 
         Raises:
-            RuntimeError: a rank that has not issued it is dead or has stopped; or patience is out.
+            RuntimeError: the vote is closed, and no rank acts on it: one that has not issued it is
+                dead or has stopped, or patience is out, here or on another rank.
         """
         if not self._is_owed:
             return None
         self._is_owed = False
         missing, words = self._box.tally(self._number)
-        return to_outcome(words if missing < 0 else self._wait())
+        return to_outcome(words if missing == COMPLETE else self._wait())
 
     def _wait(self) -> list[int]:
         waited = looked = 0.0
@@ -162,8 +164,13 @@ class Vote:
         warned = False
         while True:
             missing, words = self._box.tally(self._number)
-            if missing < 0:
+            if missing == COMPLETE:
                 return words
+            if missing == CLOSED:
+                raise RuntimeError(
+                    f"vote {self._number} was closed by a rank that waits for it no longer; the "
+                    "log of that rank says why"
+                )
             time.sleep(20e-6)
             now = time.monotonic()
             # While this process was stopped, or its clock jumped, nobody was waited for.
@@ -171,7 +178,7 @@ class Vote:
             last = now
             if waited - looked >= _LOOK_SECONDS:
                 looked = waited
-                self._check(missing, waited)
+                self._give_up(missing, waited)
             if not warned and waited > _QUIET_SECONDS:
                 warned = True
                 log.warning(
@@ -181,12 +188,14 @@ class Vote:
                     missing,
                 )
 
-    def _check(self, rank: int, waited: float) -> None:
+    def _give_up(self, rank: int, waited: float) -> None:
+        """Close the vote if `rank` will not cast it, or not in time; it may just have done so."""
         try:
             why = self._why_silent(rank)
         except Exception:  # it cannot be told now; patience decides
             why = ""
-        if why and self._box.tally(self._number)[0] == rank:  # it may have voted just before
-            raise RuntimeError(f"EP rank {rank} {why}")
-        if waited > self._patience:
-            raise RuntimeError(f"EP rank {rank} has not voted for {waited:.0f} s")
+        if not why and waited > self._patience:
+            why = f"has not voted for {waited:.0f} s"
+        number = self._number
+        if why and self._box.tally(number)[0] == rank and self._box.close(number):
+            raise RuntimeError(f"EP rank {rank} {why}, so vote {number} is closed on all ranks")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from forks import PLACEMENT, SHAPE, Engine, has_bell, leave, left_over, work_as_successor
 
+from flash_eplb.ipc.ballot_box import CLOSED, COMPLETE, WORDS
 from flash_eplb.ipc.heat_ring import HeatRecords
 from flash_eplb.ipc.liveness import SegmentError, owner_is_alive
 from flash_eplb.ipc.names import planner_name, rank_name
@@ -313,6 +314,59 @@ class Consuming(Scenario):
         work_as_successor(self.session)
 
 
+def words_of(rank: int, number: int) -> list[int]:
+    """What `rank` casts in vote `number`; rank 1 the lower words, but for the first."""
+    return [number * 10 + rank, *[number * 20 - rank] * (WORDS - 1)]
+
+
+class Voting(Scenario):
+    """Rank 0 votes with rank 1, which survives it and gives up the vote that never comes."""
+
+    points = ("box.",)
+
+    def begin(self) -> None:
+        self.mine = RankSegment.create(self.session, SHAPE, 0, 5)
+
+    def attach(self) -> None:
+        self.found = RankSegment.open(self.name, writable=True, published=False)
+        self.acted = 0
+        self.cast()
+
+    def act(self) -> None:
+        for number in itertools.count(1):
+            self.mine.ballots.cast(0, number, words_of(0, number))
+            while (missing := self.mine.ballots.tally(number)[0]) == 1:
+                time.sleep(0)
+            assert missing == COMPLETE
+
+    def cast(self) -> None:
+        self.found.ballots.cast(1, self.acted + 1, words_of(1, self.acted + 1))
+
+    def watch(self) -> None:
+        number = self.acted + 1
+        missing, words = self.found.ballots.tally(number)
+        if missing == COMPLETE:
+            assert words == [words_of(0, number)[0], *words_of(1, number)[1:]], "a torn vote"
+            self.acted = number
+            self.cast()
+        else:
+            assert missing == 0
+
+    def check(self, point: str | None, passes: int) -> None:
+        before = -1
+        while before < self.acted:
+            before = self.acted
+            self.watch()
+        if point is not None:
+            cast = passes - (point in ("box.cast.words", "box.cast.number"))
+            assert self.acted == cast
+        assert self.found.why_silent() == "is dead"
+        assert self.found.ballots.close(self.acted + 1)
+        assert self.found.ballots.tally(self.acted + 1) == (CLOSED, [])
+        self.found.close()
+        work_as_successor(self.session)
+
+
 class Living(Scenario):
     """A whole life of an engine, again and again: names made, published and removed."""
 
@@ -379,7 +433,7 @@ class Taking(Scenario):
 
 
 SCENARIOS = {
-    kind.__name__: kind for kind in (Writing, Logging, Producing, Consuming, Living, Taking)
+    kind.__name__: kind for kind in (Writing, Logging, Producing, Consuming, Voting, Living, Taking)
 }
 
 

@@ -19,7 +19,13 @@ from numba.core.registry import CPUDispatcher
 from flash_eplb import ipc
 from flash_eplb.ipc import atomics, ballot_box, heat_ring, status
 
-INTRINSICS = {"_load_acquire", "_store_release", "fence_acquire", "fence_release"}
+INTRINSICS = {
+    "_load_acquire",
+    "_store_release",
+    "_compare_and_swap",
+    "fence_acquire",
+    "fence_release",
+}
 OPERATIONS = INTRINSICS | {"load_acquire", "store_release", "copy_in", "copy_out"}
 
 WORDS, CELLS = int64[::1], int16[:, :, ::1]
@@ -54,15 +60,18 @@ BOX_WRITER = {
     "cast": {"return": "end"},
 }
 BOX_READER = {
-    "start": {"acquire": "looked", "return": "end"},
-    "looked": {"load": "copying", "acquire": "looked", "return": "end"},
-    "copying": {"load": "copying", "acquire": "looked", "return": "end"},
+    "start": {"acquire": "looked", "swap": "settled"},
+    "looked": {"load": "copying", "acquire": "looked", "swap": "settled", "return": "end"},
+    "copying": {"load": "copying", "acquire": "looked", "swap": "settled"},
+    "settled": {"swap": "settled", "return": "end"},
 }
+SETTLER = {"start": {"swap": "settled"}, "settled": {"swap": "settled", "return": "end"}}
 
 KERNELS = {
     atomics.load_acquire: (LOAD, (SEEN_WORDS, int64)),
     atomics.store_release: (STORE, (WORDS, int64, int64)),
     ballot_box._cast: (BOX_WRITER, (WORDS, int64, int64, WORDS)),
+    ballot_box._settle: (SETTLER, (WORDS, int64, int64, int64)),
     ballot_box._tally: (BOX_READER, (WORDS, int64, int64, WORDS)),
     heat_ring._push: (RING_WRITER, (WORDS, *[int64] * 8, int32[:, ::1])),
     heat_ring._read: (
@@ -77,6 +86,7 @@ WRITERS = (STORE, BOARD_WRITER, RING_WRITER, BOX_WRITER)
 INSTRUCTIONS = (
     ("acquire", r"ldap?u?r\b"),
     ("release", r"stlu?r\b"),
+    ("swap", r"casal\b|ldaxr\b|stlxr\b"),  # one instruction, or two in a loop
     ("fence", r"dmb\s+ish(ld)?$"),
     ("copy", r"bl\s+mem(cpy|move)$"),
     ("return", r"ret$"),
@@ -238,10 +248,20 @@ def test_memory_is_ordered_at_each_protocol_point_on_every_path(kernel, cpu):
     assert follow(lines, protocol, protocol in WRITERS) == {*protocol, "end"}
 
 
+@pytest.mark.parametrize(
+    ("cpu", "found"), [("generic", {"ldaxr", "stlxr"}), ("neoverse-n1", {"casal"})]
+)
+@pytest.mark.parametrize("kernel", [ballot_box._settle, ballot_box._tally])
+def test_a_vote_is_settled_by_a_swap_that_orders_memory_both_ways(kernel, cpu, found):
+    _, lines = aarch64_code(kernel, cpu)
+    exclusive = r"(casp?\w*|ld\w*xr|st\w*xr|swp\w*)\b"
+    assert {line.split()[0] for line in lines if re.match(exclusive, line)} == found
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.py_func.__name__)
 def test_a_word_that_orders_memory_is_never_accessed_plainly(kernel):
     code, _ = aarch64_code(kernel, "generic")
-    ordered = addresses(code, r"(?:load|store) atomic .*ptr (%[^\s,]+)")
+    ordered = addresses(code, r"(?:load atomic|store atomic|cmpxchg) .*?ptr (%[^\s,]+)")
     assert ordered
     assert not ordered & addresses(code, r"store (?!atomic).*ptr (%[^\s,]+)")
     if KERNELS[kernel][0] not in WRITERS:  # who writes may look at its own word

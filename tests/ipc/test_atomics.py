@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numba import int16, int32, int64, njit
 
-from flash_eplb.ipc import heat_ring, status
+from flash_eplb.ipc import ballot_box, heat_ring, status
 from flash_eplb.ipc.atomics import WORD, load_acquire, store_release
 
 WORDS = int64[::1]
@@ -56,6 +56,12 @@ def test_a_load_is_one_atomic_acquire():
 
 def test_a_store_is_one_atomic_release():
     assert len(found(compiled(store_release, WORDS, int64, int64), STORE)) == 1
+
+
+def test_a_vote_is_settled_by_one_swap():
+    lines = compiled(ballot_box._settle, WORDS, int64, int64, int64)
+    assert len(found(lines, r"cmpxchg ptr .* acq_rel acquire, align 8")) == 1
+    assert not found(lines, LOAD + "|" + STORE)
 
 
 def test_a_record_is_written_between_its_odd_and_its_even_sequence_and_then_shown():

@@ -107,6 +107,11 @@ class Rank:
         if self.loader.tick():
             self.commits.append(self.step)
 
+    def tick_on(self, steps: int) -> None:
+        """So many steps without regard to the other ranks, but for their votes."""
+        for _ in range(steps):
+            self.tick()
+
 
 class Cluster:
     """`ranks` loaders in threads; `tick` runs one step of all of them."""

@@ -14,6 +14,7 @@ from flash_eplb.ipc.placement import MOVE
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.loaders import stager as stager_module
 from flash_eplb.loaders import transport as transport_module
+from flash_eplb.loaders import vote as vote_module
 from flash_eplb.loaders.stager_pool import MOST_HUNG
 from flash_eplb.loaders.transport import PeerToPeer
 
@@ -60,6 +61,31 @@ def test_weights_that_somebody_else_has_written_stop_balancing_on_all_ranks(clus
     assert "layer 1 expert 0 from rank 0" in caplog.text
     group.tick(20)
     assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
+
+
+def test_a_vote_that_some_have_given_up_is_not_acted_on_by_the_rank_that_was_late(
+    cluster, monkeypatch
+):
+    """All have staged the round, and the vote that says so would have committed it."""
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.02)
+    group = cluster(vote_steps=1)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: all(rank.loader._is_staged() for rank in group.ranks))
+    for rank in group.ranks:
+        rank.loader._vote._patience = 0.2
+    *others, late = (threading.Thread(target=rank.tick_on, args=(3,)) for rank in group.ranks)
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    late.start()
+    late.join()
+    for rank in group.ranks:
+        assert "vote " in rank.loader.stopped
+        assert "closed" in rank.loader.stopped
+        assert rank.segment.status[Field.STATE] == State.STOPPED
+        assert rank.loader.epoch == 0
+    group.check_consistent()
 
 
 def test_an_expert_that_changes_is_found_though_nothing_moves(cluster, caplog):

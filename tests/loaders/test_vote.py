@@ -112,7 +112,7 @@ def test_a_rank_that_is_dead_is_not_waited_for(votes, monkeypatch):
     for vote in (first, second):
         vote.issue(Ballot())
     dead.add(2)
-    with pytest.raises(RuntimeError, match="EP rank 2 is dead"):
+    with pytest.raises(RuntimeError, match="EP rank 2 is dead, so vote 1 is closed on all ranks"):
         first.consume()
 
 
@@ -121,8 +121,46 @@ def test_patience_ends(votes, monkeypatch):
     (first, _, third), _ = votes
     for vote in (first, third):
         vote.issue(Ballot())
-    with pytest.raises(RuntimeError, match="EP rank 1 has not voted for 2 s"):
+    with pytest.raises(RuntimeError, match="EP rank 1 has not voted for 2 s, so vote 1 is closed"):
         first.consume()
+
+
+def test_a_vote_that_was_given_up_is_acted_on_by_no_rank(votes, monkeypatch):
+    """Not by the one that waits still, and not by the one that was late."""
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.02)
+    ranks, dead = votes
+    for vote in ranks:
+        vote.issue(Ballot(7))
+    assert [vote.consume().start for vote in ranks] == [7] * 3
+    for vote in ranks[:2]:
+        vote.issue(Ballot())
+    dead.add(2)  # taken for dead, and alive
+    with pytest.raises(RuntimeError, match="so vote 2 is closed on all ranks"):
+        ranks[0].consume()
+    dead.clear()
+    ranks[2].issue(Ballot())
+    for vote in ranks[1:]:
+        with pytest.raises(RuntimeError, match=r"^vote 2 was closed by a rank"):
+            vote.consume()
+
+
+def test_a_vote_on_which_others_have_acted_is_not_given_up(votes, monkeypatch):
+    """The rank that is late votes, and another one acts on it, just before it is given up."""
+    monkeypatch.setattr(vote_module, "_LOOK_SECONDS", 0.02)
+    (first, second, late), _ = votes
+    for vote in (first, second):
+        vote.issue(Ballot(7))
+    close, acted = first._box.close, []
+
+    def close_too_late(number):
+        late.issue(Ballot(7))
+        acted.append(second.consume().start)
+        return close(number)
+
+    first._why_silent = lambda rank: "is dead" * (rank == 2)
+    first._box.close = close_too_late
+    assert first.consume().start == 7
+    assert acted == [7]
 
 
 def test_a_look_that_fails_is_no_death(votes, monkeypatch):
