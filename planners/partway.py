@@ -39,6 +39,10 @@ class Going:
         """What is on its way, as it was when it began."""
         return list(self._offers.values())
 
+    def forget(self) -> None:
+        """No layer is on its way any more."""
+        self._offers = {}
+
     def drop(self, layer: int) -> None:
         """A layer is not on its way any more."""
         del self._offers[layer]

@@ -6,7 +6,8 @@ from checker import assert_leads, ratios
 from heats import EVEN_SOON, initial, loosened, shuffled, stuck, uneven, window, zipf
 
 from flash_eplb.planners import flashlb
-from flash_eplb.planners.flashlb import FIRST_SHARE, FlashLB
+from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.offers import FIRST_SHARE
 
 EFFORTS = ["fast", "balanced", "thorough"]
 

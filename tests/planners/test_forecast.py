@@ -77,14 +77,22 @@ def test_each_layer_is_judged_by_itself():
 @pytest.mark.parametrize(
     "heat",
     [
-        np.random.default_rng(3).poisson(50, (FEWEST - 1, 1, 64)).astype(float),
         np.random.default_rng(3).poisson(50, (32, 1, 64)) / 2,
         np.tile(np.arange(64.0), (32, 1, 1)),
         np.zeros((32, 1, 64)),
     ],
-    ids=["few episodes", "no counts", "always the same", "no tokens"],
+    ids=["no counts", "always the same", "no tokens"],
 )
 def test_what_chance_does_not_explain_is_left_as_it_is(heat):
     expected, error = forecast(heat, NONE, 4)
     assert expected is heat
     assert error.tolist() == [0]
+
+
+def test_of_few_episodes_nothing_is_known_but_what_chance_may_do():
+    heat = np.random.default_rng(3).poisson(50, (FEWEST - 1, 2, 64)).astype(float)
+    heat[:, 1] /= 2
+    expected, error = forecast(heat, np.empty((0, 2, 64)), 4)
+    assert expected is heat
+    assert error[0] == pytest.approx((64 * 50 * len(heat)) ** -0.5, rel=0.1)
+    assert error[1] == 0

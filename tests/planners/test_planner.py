@@ -228,7 +228,9 @@ def test_an_engine_whose_bell_is_lost_is_served_and_that_is_said_once(
         run(scenario())
     if os.path.isdir(path):
         os.rmdir(path)
-    (said,) = caplog.messages
+    elif os.path.lexists(path):
+        os.unlink(path)
+    (said,) = [text for text in caplog.messages if "doorbell" in text]
     assert said.startswith(f"doorbell {bell_name(session)} cannot be opened: {why}")
     assert said.endswith("; plans come up to a second later; restart the engine to have it back")
 

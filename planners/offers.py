@@ -1,0 +1,166 @@
+"""What FlashLB finds for a layer: a placement, the columns that go with it, what both win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+
+import numpy as np
+
+from .columns import Columns
+from .efforts import effort_of
+from .partway import moves_between, part_of_the_way
+from .plan import align_all
+from .search import Terms, measure, search_layers
+from .window import Offer, Window
+
+FIRST_SHARE = 0.03
+"""Share of the price of moves that a layer without a promise pays: its plan gains for long."""
+
+FAR = 3.0
+"""Times the price of moves that a layer with a promise pays if all is placed anew."""
+
+
+class Finder:
+    """Looks for offers.
+
+    Args:
+        ranks, slots: of a placement.
+        effort, threads: of `FlashLB`.
+        division: plans routing columns; None for uniform routing.
+        min_gain: PAR that a plan must win.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        slots: int,
+        effort: str,
+        threads: int,
+        division: Columns | None,
+        min_gain: float,
+    ):
+        self._ranks, self._slots = ranks, slots
+        self._effort, self._threads = effort, threads
+        self._division, self._min_gain = division, min_gain
+
+    def offers(
+        self, window: Window, before: np.ndarray, layers: np.ndarray, terms: Terms
+    ) -> list[Offer]:
+        """For each of `layers` what pays for its moves, best gain per move first."""
+        found, moves = self.find(window, layers, terms)
+        # never worse than uniform routing on the heat that was given, where that is possible at all
+        heat = window.tokens if terms.by_source else window.seen
+        columns: np.ndarray = np.ones(found.shape, np.int16)
+        if self._division is not None:
+            columns = self._division.proved(heat, found, layers)
+        after, _ = self.measure(window.tokens, found, layers, columns)
+        gains = before[layers] - after
+        prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
+        pays = np.flatnonzero((moves > 0) & (gains > prices * moves))
+        order = pays[np.argsort(-gains[pays] / moves[pays], kind="stable")]
+        return [
+            Offer(
+                layer=int(layers[i]),
+                placement=found[i],
+                columns=columns[i],
+                par=float(after[i]),
+                gain=float(gains[i]),
+                moves=int(moves[i]),
+                promise=float(after[i]),
+            )
+            for i in order
+        ]
+
+    def part(self, window: Window, before: np.ndarray, offer: Offer, room: int) -> list[Offer]:
+        """As much of an offer as fits into `room` moves; none if nothing does."""
+        layer, today = offer.layer, window.today[offer.layer]
+        wanted = align_all(today[None], offer.placement[None], window.tokens.shape[2])[0]
+        reached = part_of_the_way(window.tokens, layer, today, wanted, room)
+        moves = moves_between(today, reached)
+        if not moves:
+            return []
+        chosen = np.array([layer])
+        columns: np.ndarray = np.ones((1, *reached.shape), np.int16)
+        if self._division is not None:
+            columns = self._division.proved(window.tokens, reached[None], chosen)
+        par = float(self.measure(window.tokens, reached[None], chosen, columns)[0, 0])
+        gain = float(before[layer]) - par
+        return [
+            offer._replace(placement=reached, columns=columns[0], par=par, gain=gain, moves=moves)
+        ]
+
+    def near(
+        self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
+    ) -> list[Offer]:
+        """Another offer for that layer, of `room` moves; it must win its share of min_gain."""
+        near = terms._replace(most_moves=room, scratch=False)
+        least = 0.0 if window.anew else self._min_gain / offer.moves
+        found = self.offers(window, before, np.array([offer.layer]), near)
+        return [part for part in found if part.gain >= least * part.moves]
+
+    def find(
+        self, window: Window, layers: np.ndarray, terms: Terms
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
+        found = np.empty((len(layers), self._ranks, self._slots), np.int32)
+        moves = np.empty(len(layers), np.int64)
+        for kept, settled, alike in product((False, True), repeat=3):
+            mine = (window.kept[layers] == kept) & (window.settled[layers] == settled)
+            mine &= window.alike[layers] == alike
+            if not mine.any():
+                continue
+            heat, weights = window.with_past() if alike else window.alone()
+            price = terms.price * (1 if settled else FIRST_SHARE)
+            far_price = price * (FAR if settled and not window.anew else 1)
+            search = partial(search_layers, heat, weights, window.today)
+            effort = effort_of(self._effort, self._ranks * self._slots, len(heat))
+            today = kept or not window.anew or not terms.scratch  # else it is new altogether
+            rest = (effort, terms._replace(price=price, far_price=far_price, today=today))
+
+            def work(part: np.ndarray, search=search, rest=rest) -> None:
+                found[part], moves[part] = search(layers[part], *rest)
+
+            spread(self._threads, work, np.flatnonzero(mine))
+        return found, moves
+
+    def measure(
+        self,
+        tokens: np.ndarray,
+        placement: np.ndarray,
+        layers: np.ndarray | None = None,
+        columns: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """(PAR, its standard error) [2, n] of placement[i] on `layers`[i], all of them if None;
+        with `columns`[i] where they are planned."""
+        layers = np.arange(tokens.shape[1]) if layers is None else layers
+        if self._division is not None and columns is not None:
+            return self._division.measure(tokens, placement, layers, columns)
+        par = np.empty((2, len(layers)))
+
+        def work(part: np.ndarray) -> None:
+            par[:, part] = measure(tokens, placement[part], layers[part])
+
+        spread(self._threads, work, np.arange(len(layers)))
+        return par
+
+    def planned_columns(
+        self, tokens: np.ndarray, placement: np.ndarray, layers: np.ndarray
+    ) -> np.ndarray:
+        """int16[n, R, S], with which placements of `layers` are measured."""
+        if self._division is None:
+            return np.ones(placement.shape, np.int16)
+        return self._division.planned(tokens, placement, layers)
+
+
+def spread(threads: int, work: Callable[[np.ndarray], None], rows: np.ndarray) -> None:
+    """Call `work` on parts of `rows`, in as many threads as there are; kernels free the GIL."""
+    parts = [rows[i::threads] for i in range(min(threads, len(rows)))]
+    if len(parts) < 2:
+        for part in parts:
+            work(part)
+        return
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(work, parts))
