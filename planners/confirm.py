@@ -78,7 +78,7 @@ class Confirmation:
         newer = window.tokens[half:, layers]
         ratios = _ratios(newer, found, columns)
         gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
-        error = gains.std(axis=0) / math.sqrt(len(gains)) * _rareness(len(gains))
+        error = gains.std(axis=0) / math.sqrt(len(gains))
         doubt = np.minimum(DOUBT * error, np.maximum(error, 4 * self._min_gain))
         sure = gains.mean(axis=0) - doubt >= self._min_gain
         unseen = ratios.mean(axis=0)
@@ -107,11 +107,3 @@ class Confirmation:
 def _ratios(tokens: np.ndarray, placement: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """PAR of each episode [T, n] of placements of all layers of `tokens`."""
     return divided_par(np.ascontiguousarray(tokens), placement, np.arange(len(placement)), columns)
-
-
-def _rareness(count: int) -> float:
-    """By how much more than a normal deviate one must allow for whose error `count` samples tell.
-
-    About the ratio of the quantiles beyond DOUBT of Student's t distribution and the normal one.
-    """
-    return count / (count - 3) if count > 3 else 4.0
