@@ -95,6 +95,8 @@ def lack_of_files(error: OSError) -> str:
     """What to say where `error` is that no more files may be opened; "" if it is another one."""
     if error.errno not in (errno.EMFILE, errno.ENFILE):
         return ""
+    if error.errno == errno.ENFILE:
+        return "this system may open no more files; raise it with `sysctl fs.file-max`"
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (
         f"no more files may be opened (RLIMIT_NOFILE is {limit}); raise it with "

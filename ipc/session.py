@@ -57,8 +57,7 @@ def session_lock(session: str, timeout: float = 20.0) -> Iterator[None]:
         yield
     finally:
         # crash point: lock.ending
-        if _is_same_file(path, fd):
-            os.unlink(path)
+        _unlink_if_same(path, fd)
         # crash point: lock.unlinked
         os.close(fd)
 
@@ -71,16 +70,23 @@ def _is_same_file(path: str, fd: int) -> bool:
         return False
 
 
+def _unlink_if_same(path: str, fd: int) -> None:
+    """Remove `path` if it names the file behind `fd`; it may be removed from outside just now."""
+    with contextlib.suppress(FileNotFoundError):
+        if _is_same_file(path, fd):
+            os.unlink(path)
+
+
 def unlink_own(name: str, fd: int) -> None:
     """Remove `name` if it is still that of the file behind `fd`; for an owner that ends.
 
     A name that was removed from outside may belong to another engine by now. Takes the session
-    lock; where that cannot be had in time the name stays, as a dead owner's does.
+    lock; where that cannot be had, in time or for lack of files, the name stays as a dead owner's
+    does.
     """
     path = "/dev/shm" + name
     with contextlib.suppress(SegmentError), session_lock(session_of(name), _CLOSING_SECONDS):
-        if _is_same_file(path, fd):
-            os.unlink(path)
+        _unlink_if_same(path, fd)
 
 
 def sessions() -> list[str]:

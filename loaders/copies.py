@@ -31,8 +31,8 @@ def _memcpy(typingctx, target, source, size):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-# Compiled when it is imported, which is before the first step; and with the GIL kept, for a thread
-# that takes it meanwhile may keep it longer than the copies last.
+# Compiled when it is imported, with the worker; and with the GIL kept, for a thread that takes it
+# meanwhile may keep it longer than the copies last.
 @njit("void(int64[:, ::1])", cache=True)
 def _copy(pieces: np.ndarray) -> None:
     for i in range(len(pieces)):
@@ -42,6 +42,9 @@ def _copy(pieces: np.ndarray) -> None:
 class Copies:
     """Tensors to be written and what goes there, one for one; they must not overlap.
 
+    Where somebody has given a tensor other memory meanwhile (`share_memory_`), addresses are
+    gathered anew.
+
     Args:
         live: the slots to be written, the engine's tables.
         staged: the rows that go there, the values of the tables.
@@ -49,12 +52,19 @@ class Copies:
 
     def __init__(self, live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]):
         self.pairs = list(zip(live, staged, strict=True))
+        self._gather()
+
+    def _gather(self) -> None:
+        storages = (tensor.untyped_storage() for pair in self.pairs for tensor in pair)
+        self._memory = {storage.data_ptr(): storage for storage in storages}
         pieces = [_pieces(target, source) for target, source in self.pairs]
         self._pieces = np.concatenate([np.empty((0, 3), np.int64), *(p for p in pieces if len(p))])
         self._rest = [pair for pair, p in zip(self.pairs, pieces, strict=True) if not len(p)]
 
     def run(self) -> None:
         """Write them all; on a device the copies are issued, in one call where it has it."""
+        if any(storage.data_ptr() != address for address, storage in self._memory.items()):
+            self._gather()
         _copy(self._pieces)
         if self._rest and self._rest[0][0].device.type == "npu":
             for target, source in self._rest:
@@ -75,7 +85,8 @@ def _pieces(target: torch.Tensor, source: torch.Tensor) -> np.ndarray:
     A table [experts, columns] may be a part of wider rows.
     """
     if (
-        target.device.type != "cpu"
+        any(tensor.is_conj() or tensor.is_neg() for tensor in (target, source))
+        or target.device.type != "cpu"
         or source.device.type != "cpu"
         or target.dtype != source.dtype
         or target.shape != source.shape

@@ -31,7 +31,7 @@ EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
 
 PARTS = 8
-"""Layers whose plan does not fit `max_moves` that are searched again with what is left."""
+"""Layers whose plan does not fit `max_moves` of which a part is looked for."""
 
 
 class FlashLB:
@@ -300,7 +300,7 @@ class FlashLB:
             if offer.moves > room:
                 parts = []
                 if room and tries > 0:
-                    parts = self._finder.part(window, before, offer, room)
+                    parts = self._finder.part(window, before, offer, terms, room)
                     parts = parts or self._finder.near(window, before, offer, terms, room)
                 tries -= 1
             for part in parts:

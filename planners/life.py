@@ -7,12 +7,15 @@ From its silence follows a sentence and never an act, for the clock may have jum
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 
 from ..ipc.liveness import SegmentError, open_fd
 from ..ipc.names import planner_name
 from ..ipc.segment import Segment
+
+log = logging.getLogger("flash_eplb.planner")
 
 _EVERY = 1.0
 
@@ -22,7 +25,11 @@ LONGEST_SILENCE = 30.0
 
 async def show_life(session: str) -> None:
     """Set the time of the file of our segment once a second, until cancelled."""
-    sign = open_fd(planner_name(session), writable=True)
+    try:
+        sign = open_fd(planner_name(session), writable=True)
+    except SegmentError as error:
+        log.warning("the planner shows no life, and will be said to be silent: %s", error)
+        return
     try:
         while True:
             os.utime(sign)

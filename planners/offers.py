@@ -51,11 +51,9 @@ class Finder:
     ) -> list[Offer]:
         """For each of `layers` what pays for its moves, best gain per move first."""
         found, moves = self.find(window, layers, terms)
-        # never worse than uniform routing on the heat that was given, where that is possible at all
-        heat = window.tokens if terms.by_source else window.seen
         columns: np.ndarray = np.ones(found.shape, np.int16)
         if self._division is not None:
-            columns = self._division.proved(heat, found, layers)
+            columns = self._division.proved(_divided(window, terms), found, layers)
         after, _ = self.measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
@@ -74,8 +72,10 @@ class Finder:
             for i in order
         ]
 
-    def part(self, window: Window, before: np.ndarray, offer: Offer, room: int) -> list[Offer]:
-        """As much of an offer as fits into `room` moves; none if nothing does."""
+    def part(
+        self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
+    ) -> list[Offer]:
+        """As much of an offer as fits into `room` moves; none if no part of it wins anything."""
         layer, today = offer.layer, window.today[offer.layer]
         wanted = align_all(today[None], offer.placement[None], window.tokens.shape[2])[0]
         reached = part_of_the_way(window.tokens, layer, today, wanted, room)
@@ -85,9 +85,11 @@ class Finder:
         chosen = np.array([layer])
         columns: np.ndarray = np.ones((1, *reached.shape), np.int16)
         if self._division is not None:
-            columns = self._division.proved(window.tokens, reached[None], chosen)
+            columns = self._division.proved(_divided(window, terms), reached[None], chosen)
         par = float(self.measure(window.tokens, reached[None], chosen, columns)[0, 0])
         gain = float(before[layer]) - par
+        if gain <= 0:  # an even division is what the moves were chosen for
+            return []
         return [
             offer._replace(placement=reached, columns=columns[0], par=par, gain=gain, moves=moves)
         ]
@@ -153,6 +155,12 @@ class Finder:
         if self._division is None:
             return np.ones(placement.shape, np.int16)
         return self._division.planned(tokens, placement, layers)
+
+
+def _divided(window: Window, terms: Terms) -> np.ndarray:
+    """The heat whose division is planned: that which was given, on which it must not be worse than
+    an even one, where that is possible at all."""
+    return window.tokens if terms.by_source else window.seen
 
 
 def spread(threads: int, work: Callable[[np.ndarray], None], rows: np.ndarray) -> None:

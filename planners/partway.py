@@ -19,7 +19,10 @@ LEAST = 1e-5
 
 
 class Going:
-    """The offers that are carried out in parts, one call after the other."""
+    """The offers that are carried out in parts, one call after the other.
+
+    One of which a call takes nothing, for others win more, is forgotten and searched anew.
+    """
 
     def __init__(self) -> None:
         self._offers: dict[int, Offer] = {}

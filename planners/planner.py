@@ -160,23 +160,26 @@ class Planner:
                 return Group.attach(self._session)
             except LimitError:
                 raise
+            except RankMissingError as error:  # or it has not come yet
+                self._refuse(error, refusals, _LOOKS_BEFORE_HINT)
             except SegmentAbsentError as error:
                 log.debug("no engine yet: %s", error)
                 if looks == _LOOKS_BEFORE_HINT:
-                    self._hint(error)
+                    self._hint()
             except SegmentError as error:
-                refusals[str(error)] += 1
-                if refusals[str(error)] == _LOOKS_BEFORE_REFUSAL:
-                    log.warning("cannot serve the engine of session %r: %s", self._session, error)
+                self._refuse(error, refusals, _LOOKS_BEFORE_REFUSAL)
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_FOR_ENGINE)
         return None
 
-    def _hint(self, error: SegmentAbsentError) -> None:
-        """What to look at when an engine is long in coming."""
-        if isinstance(error, RankMissingError):
+    def _refuse(self, error: SegmentError, refusals: Counter[str], looks: int) -> None:
+        """Say once why an engine is not served, when that has been so for as many looks."""
+        refusals[str(error)] += 1
+        if refusals[str(error)] == looks:
             log.warning("cannot serve the engine of session %r: %s", self._session, error)
-            return
+
+    def _hint(self) -> None:
+        """What to look at when an engine is long in coming."""
         log.warning(
             "still no engine in session %r: does vLLM run with --enable-eplb, EPLB_ENABLED=1 and "
             "this EPLB_SESSION? Does VLLM_PLUGINS, if it is set, name flash_eplb?",

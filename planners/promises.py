@@ -58,7 +58,7 @@ class Promises:
         return np.flatnonzero((before > 1 + self._min_excess) & ~kept)
 
     def settle(self, layer: int, par: float) -> None:
-        """Nothing more is to be had in a layer that `offers` were carried out in part."""
+        """A layer whose plan was carried out in part stays at `par`: the rest is not worth it."""
         self._promised[layer] = par
 
     def remember(self, offers: list[Offer], taken: dict[int, Offer], every_layer: bool) -> None:

@@ -13,7 +13,8 @@ class Window(NamedTuple):
     Attributes:
         seen: float64[T, layers, E], the window.
         tokens: float64[T, layers, E], what the plan is made for; see `forecast`.
-        noise: float64[layers], standard error of PAR on `tokens`; 0 where they are those seen.
+        noise: float64[layers], standard error of PAR on `tokens` where chance is a large part of
+            them, or may be for all that a short window tells; else 0.
         past: float64[M, layers, E], what came before it.
         worth: float32[M], weight of each of these, an episode of the window having weight 1.
         alike: bool[layers], whether the past of a layer counts.

@@ -68,6 +68,22 @@ def test_what_is_to_be_copied_lives_as_long_as_its_addresses_are_kept():
     assert len(others) == 100
 
 
+def test_a_tensor_that_got_other_memory_is_written_there():
+    live = torch.zeros(4096, dtype=torch.uint8)
+    copies = Copies([live[:2048]], [torch.ones(2048, dtype=torch.uint8)])
+    live.share_memory_()
+    others = [torch.zeros(4096, dtype=torch.uint8) for _ in range(8)]  # one where it was, maybe
+    copies.run()
+    assert (live[:2048] == 1).all()
+    assert not any(other.any() for other in others)
+
+
+def test_a_view_that_torch_resolves_as_it_copies_is_left_to_it():
+    live, source = torch.zeros(2, dtype=torch.complex64), torch.tensor([1j, 2 - 1j])
+    copy_rows([live], [source.conj()])
+    assert live.tolist() == [-1j, 2 + 1j]
+
+
 def test_small_tensors_and_rows_of_tables_are_not_left_to_torch(monkeypatch):
     def refuse(*_):
         raise AssertionError("a call of torch")

@@ -66,3 +66,14 @@ def test_what_is_on_its_way_is_given_up_when_the_heat_changes():
     new = FlashLB(8, 9).plan(after[-1], placement, every_layer=True)
     assert sum(moves[-5:]) == 0
     assert ratios(after[-1], placement)[0] < new.par_after[0] + 0.03
+
+
+@pytest.mark.parametrize("routing", ["uniform", "weighted", "by_source"])
+def test_every_part_wins_something(routing):
+    rng = np.random.default_rng(2)
+    popularity, placement = zipf(rng, 2, 64, 1.2), initial(2, 8, 9, 64)
+    planner = FlashLB(8, 9, routing=routing, max_moves=3)
+    for _ in range(25):
+        plan = planner.plan(window(rng, popularity, 64, 10**5), placement)
+        assert (plan.par_after[plan.layers] < plan.par_before[plan.layers]).all()
+        placement = plan.placement
