@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from ...ipc.doorbell import Doorbell
+from ...ipc.liveness import SegmentAbsentError
 from ...ipc.names import bell_name, rank_name
 from ...ipc.rank_segment import RankSegment, why_silent
 from ...ipc.status import Field
@@ -125,7 +126,11 @@ class RowRank:
         self._told[Rank.WRONG] += int(wrong.sum())
 
     def _why_silent(self, rank: int) -> str:
-        return why_silent(self._setup.session, rank)
+        """By its name, for a process of many ranks cannot hold all descriptors of each."""
+        try:
+            return why_silent(self._setup.session, rank)
+        except SegmentAbsentError:
+            return "is dead, and what it left was removed"
 
     def close(self) -> None:
         """Remove what this rank owns."""
