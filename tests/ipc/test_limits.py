@@ -101,9 +101,10 @@ def test_a_doorbell_for_which_no_file_is_left_names_the_limit(name, limit):
 
 @contextlib.contextmanager
 def files_left(count):
-    """This process may open `count` more files within the block."""
+    """This process may open `count` more files within the block, which is given the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     held = []
     try:
         with contextlib.suppress(OSError):
@@ -111,7 +112,7 @@ def files_left(count):
                 held.append(os.dup(0))
         for _ in range(count):
             os.close(held.pop())
-        yield
+        yield most
     finally:
         for fd in held:
             os.close(fd)
@@ -121,13 +122,13 @@ def files_left(count):
 @pytest.mark.parametrize("count", range(4))
 def test_a_segment_for_which_no_file_is_left_names_the_limit_and_leaves_nothing(session, count):
     name = planner_name(session)
-    with files_left(count), pytest.raises(SegmentError) as error:
+    with files_left(count) as most, pytest.raises(SegmentError) as error:
         take_name(session, name, b"", 10, 1)
     lock = f"the lock of session {session!r} (/dev/shm{lock_name(session)})"
     what = f"shared memory {name}" if count else lock
     assert str(error.value) == (
         f"{what} cannot be {'made' if count > 2 else 'opened'}: no more files may be "
-        "opened (RLIMIT_NOFILE is 128); raise it with `ulimit -n 256`"
+        f"opened (RLIMIT_NOFILE is {most}); raise it with `ulimit -n {2 * most}`"
     )
     assert not os.path.exists(f"/dev/shm{name}")
     with files_left(4):
