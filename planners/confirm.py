@@ -63,7 +63,9 @@ class Confirmation:
         while newest >= 4 * NEWEST:
             newest //= 2
             rest = [offer for offer in offers if offer.layer not in sure]
-            part = window._replace(tokens=window.tokens[-newest:], alike=window.alike & False)
+            part = window._replace(
+                tokens=window.tokens[-newest:], alike=np.zeros_like(window.alike)
+            )
             sure |= self._won(part, self._changed(window, rest, newest), terms)
         return [sure[offer.layer] for offer in offers if offer.layer in sure]
 
@@ -91,7 +93,7 @@ class Confirmation:
         }
 
     def _changed(self, window: Window, offers: list[Offer], newest: int) -> list[Offer]:
-        """The offers of layers whose PAR in the `newest` episodes is clearly above that before."""
+        """The offers of layers whose PAR in the `newest` episodes clearly differs from before."""
         if not offers:
             return []
         layers = np.array([offer.layer for offer in offers], np.int64)

@@ -154,7 +154,7 @@ class FlashLB:
         window = self._window(tokens, today, every_layer)
         now, error = self._finder.measure(window.tokens, today, columns=self._columns)
         shown: np.ndarray = now
-        if window.noise.any():
+        if window.tokens is not window.seen:
             shown = self._finder.measure(tokens, today, columns=self._columns)[0]
         before: np.ndarray = now
         rerouted = np.empty(0, np.int64)
@@ -243,7 +243,7 @@ class FlashLB:
                 columns[layer] = follow(offer.placement, offer.columns, wanted[layer])
             self._division.give_up(window.seen, wanted, columns)
             self._columns = columns.copy()
-        if window.noise.any():
+        if window.tokens is not window.seen:
             after = self._finder.measure(window.seen, wanted, columns=columns)[0]
         self._planned = wanted.copy()
         others = [layer for layer in rerouted.tolist() if layer not in taken]

@@ -51,9 +51,7 @@ class Finder:
     ) -> list[Offer]:
         """For each of `layers` what pays for its moves, best gain per move first."""
         found, moves = self.find(window, layers, terms)
-        columns: np.ndarray = np.ones(found.shape, np.int16)
-        if self._division is not None:
-            columns = self._division.proved(_divided(window, terms), found, layers)
+        columns = self._proved_columns(window, found, layers, terms)
         after, _ = self.measure(window.tokens, found, layers, columns)
         gains = before[layers] - after
         prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
@@ -83,9 +81,7 @@ class Finder:
         if not moves:
             return []
         chosen = np.array([layer])
-        columns: np.ndarray = np.ones((1, *reached.shape), np.int16)
-        if self._division is not None:
-            columns = self._division.proved(_divided(window, terms), reached[None], chosen)
+        columns = self._proved_columns(window, reached[None], chosen, terms)
         par = float(self.measure(window.tokens, reached[None], chosen, columns)[0, 0])
         gain = float(before[layer]) - par
         if gain <= 0:  # an even division is what the moves were chosen for
@@ -156,11 +152,15 @@ class Finder:
             return np.ones(placement.shape, np.int16)
         return self._division.planned(tokens, placement, layers)
 
-
-def _divided(window: Window, terms: Terms) -> np.ndarray:
-    """The heat whose division is planned: that which was given, on which it must not be worse than
-    an even one, where that is possible at all."""
-    return window.tokens if terms.by_source else window.seen
+    def _proved_columns(
+        self, window: Window, placement: np.ndarray, layers: np.ndarray, terms: Terms
+    ) -> np.ndarray:
+        """int16[n, R, S], that go with placements of `layers`: for the heat that was given, where
+        they must not be worse than even ones, if that is possible at all."""
+        if self._division is None:
+            return np.ones(placement.shape, np.int16)
+        heat = window.tokens if terms.by_source else window.seen
+        return self._division.proved(heat, placement, layers)
 
 
 def spread(threads: int, work: Callable[[np.ndarray], None], rows: np.ndarray) -> None:

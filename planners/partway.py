@@ -13,7 +13,6 @@ from .window import Offer
 TRIES = 16
 """Moves that are looked at again before one of them is chosen, those that won most before."""
 
-
 LEAST = 1e-5
 """Share of the PAR that a part of the way must win."""
 
