@@ -1,12 +1,15 @@
 """What a commit copies between two steps: prepared by the stager, so that little is left to do.
 
 On the CPU a round is hundreds of small tensors, and torch takes longer to be called for each than
-to copy it. Their addresses are gathered beforehand, and one compiled loop copies them all. Large
-tensors are left to torch, which copies them with all its threads.
+to copy it. Their addresses are gathered beforehand, and one compiled loop copies them all, past the
+caches: no weight is read before the cache has seen many others, and a store that need not fetch its
+line first takes up to half the time less. Where torch has several threads large tensors are left to
+it, which copies them with all of them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +21,11 @@ from numba.extending import intrinsic
 
 SMALL = 128 << 10
 """Bytes up to which a tensor is copied by one thread: more of them take longer to start."""
+
+STREAMED = 1 << 10
+"""Bytes from which on the caches are passed by: what is smaller is a table, or read with one."""
+
+_LINE = 64  # bytes that a store writes at once
 
 
 @intrinsic
@@ -31,12 +39,47 @@ def _memcpy(typingctx, target, source, size):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def _stream_line(typingctx, target, source):  # type: ignore[no-untyped-def]
+    """Copy _LINE bytes to `target`, a multiple of it, past the caches."""
+
+    def codegen(context, builder, signature, args):
+        line = ir.VectorType(ir.IntType(64), _LINE // 8).as_pointer()
+        to, since = (builder.inttoptr(address, line) for address in args)
+        store = builder.store(builder.load(since, align=1), to, align=_LINE)
+        once = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        store.set_metadata("nontemporal", once)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _fence(typingctx):  # type: ignore[no-untyped-def]
+    """What was streamed is seen before anything that is written later."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # Compiled when it is imported, with the worker; and with the GIL kept, for a thread that takes it
 # meanwhile may keep it longer than the copies last.
 @njit("void(int64[:, ::1])", cache=True)
 def _copy(pieces: np.ndarray) -> None:
     for i in range(len(pieces)):
-        _memcpy(pieces[i, 0], pieces[i, 1], pieces[i, 2])
+        to, since, size = pieces[i, 0], pieces[i, 1], pieces[i, 2]
+        begin, end = 0, 0  # of what is streamed: whole lines
+        if size >= STREAMED:
+            begin = -to % _LINE
+            end = begin + (size - begin) // _LINE * _LINE
+            _memcpy(to, since, begin)
+        for offset in range(begin, end, _LINE):
+            _stream_line(to + offset, since + offset)
+        _memcpy(to + end, since + end, size - end)
+    _fence()
 
 
 class Copies:
@@ -79,6 +122,11 @@ def copy_rows(live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]) -> N
     Copies(live, staged).run()
 
 
+def _most_bytes() -> int:
+    """Of a tensor that is not torch's to copy."""
+    return SMALL if torch.get_num_threads() > 1 else sys.maxsize
+
+
 def _pieces(target: torch.Tensor, source: torch.Tensor) -> np.ndarray:
     """int64[n, 3]: addresses to copy to and from, and bytes; none if it is torch's to copy.
 
@@ -90,7 +138,7 @@ def _pieces(target: torch.Tensor, source: torch.Tensor) -> np.ndarray:
         or source.device.type != "cpu"
         or target.dtype != source.dtype
         or target.shape != source.shape
-        or target.nbytes > SMALL
+        or target.nbytes > _most_bytes()
     ):
         return np.empty((0, 3), np.int64)
     rows, size = 1, target.nbytes

@@ -112,6 +112,7 @@ class Loader:
         Nothing here waits, except for a rank that has not cast the vote it owes.
         """
         self._step += 1
+        self._times.write()
         if self.stopped:
             return False
         if self._begins_later:
@@ -129,7 +130,10 @@ class Loader:
         if not self.stopped:
             self._voted = self._guard(self._candidate)
             self._vote.issue(self._ballot())
-            self._guard(self._look)
+            if (
+                not committed
+            ):  # a step with a commit is long enough, and no thread hinders its copies
+                self._guard(self._look)
         return committed
 
     def hold(self, home: list[bytes] | None = None) -> None:
@@ -410,6 +414,7 @@ class Loader:
         self._voted = None  # it may have been checked against what is not committed now
         self._status.add(Field.ABORTED)
         self._times.end(self._active.round, self._step, self._result(), rows=0)
+        self._times.write()
         self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
         self._inbox.drop_plan(self._active.round)
         self._rest()
@@ -427,4 +432,5 @@ class Loader:
 
     def close(self) -> None:
         """Let the stagers' threads end."""
+        self._times.write()
         self._stagers.close()

@@ -20,6 +20,7 @@ class RoundTimes:
         self._log = log
         self._started = (0, 0)
         self._begun = self._committing = 0
+        self._ended: Transfer | None = None
 
     def start(self, step: int) -> None:
         """All ranks have voted to start a round; its transfer has not begun."""
@@ -35,7 +36,7 @@ class RoundTimes:
         self._committing = time.monotonic_ns()
 
     def end(self, round_: Round, step: int, result: Result | None, rows: int) -> None:
-        """Log it: committed if its commit has begun, else aborted.
+        """It is over: committed if its commit has begun, else aborted. `write` logs it.
 
         Args:
             round_: which it was.
@@ -44,7 +45,8 @@ class RoundTimes:
             rows: slots that were written here.
         """
         now, committed = time.monotonic_ns(), self._committing > 0
-        transfer = Transfer(
+        self.write()
+        self._ended = Transfer(
             round_.generation,
             round_.plan,
             round_.sequence,
@@ -58,4 +60,9 @@ class RoundTimes:
             result.received_bytes if result and committed else 0,
             int(committed),
         )
-        self._log.add(transfer)
+
+    def write(self) -> None:
+        """Log the round that is over, if there is one that is not logged."""
+        if self._ended is not None:
+            self._log.add(self._ended)
+            self._ended = None

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.loaders.copies import SMALL, Copies, copy_rows
+from flash_eplb.loaders.copies import SMALL, STREAMED, Copies, copy_rows
 
 DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int64]
 
@@ -48,6 +48,23 @@ def test_exactly_what_is_to_be_written_is_written(cases):
         assert torch.equal(around, copy)
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3 * STREAMED), st.integers(0, 70), st.integers(0, 70)), max_size=4
+    )
+)
+def test_lines_are_streamed_from_and_to_any_address(cases):
+    rooms, live, staged = [], [], []
+    for number, (size, to, since) in enumerate(cases):
+        room = filled((size + 200,), torch.uint8, number)
+        source = filled((size + 200,), torch.uint8, number + 100)[since : since + size]
+        rooms.append((room, torch.cat([room[:to], source, room[to + size :]])))
+        live.append(room[to : to + size])
+        staged.append(source)
+    copy_rows(live, staged)
+    assert all(torch.equal(room, wanted) for room, wanted in rooms)
+
+
 def test_the_values_of_the_commit_are_written_not_those_of_its_preparation():
     live, staged = torch.zeros(8), torch.zeros(8)
     copies = Copies([live], [staged])
@@ -84,16 +101,33 @@ def test_a_view_that_torch_resolves_as_it_copies_is_left_to_it():
     assert live.tolist() == [-1j, 2 + 1j]
 
 
-def test_small_tensors_and_rows_of_tables_are_not_left_to_torch(monkeypatch):
+@pytest.fixture
+def threads():
+    """Sets the threads of torch until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_only_large_tensors_are_left_to_torch_and_only_if_it_has_several_threads(
+    monkeypatch, threads
+):
     def refuse(*_):
         raise AssertionError("a call of torch")
 
     monkeypatch.setattr(torch, "_foreach_copy_", refuse)
+    threads(2)
     table, flat = torch.full((4, 1024), -1), torch.zeros(SMALL, dtype=torch.uint8)
     copy_rows([table[:, :3], flat], [torch.ones((4, 3), dtype=torch.int64), flat + 1])
     assert (table[:, :3] == 1).all()
     assert (table[:, 3:] == -1).all()
     assert (flat == 1).all()
+    large = torch.zeros(SMALL + 1, dtype=torch.uint8)
+    with pytest.raises(AssertionError, match="a call of torch"):
+        copy_rows([large], [large + 1])
+    threads(1)
+    copy_rows([large], [large + 1])
+    assert (large == 1).all()
 
 
 def test_another_dtype_is_converted():
