@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planners"))
 from fake_engine import FakeEngine
+from planner_runs import OTHER, PACE, SKEWED, run, until
 from recordings import record as write
-from test_planner import OTHER, PACE, SKEWED, run, until
 
 from flash_eplb.eplb.cli import app
 from flash_eplb.planners.flashlb import FlashLB

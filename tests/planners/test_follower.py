@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from fake_engine import FakeEngine
-from test_planner import SKEWED
+from planner_runs import SKEWED
 
 from flash_eplb.planners import follower as follower_module
 from flash_eplb.planners.follower import Follower
@@ -23,13 +22,6 @@ class Told(NoRecorder):
 
     def transfers(self, ended):
         self.calls += [("transfer", int(row["sequence"]), int(row["rank"])) for row in ended]
-
-
-@pytest.fixture
-def engine(session):
-    made = FakeEngine(session)
-    yield made
-    made.close()
 
 
 @pytest.fixture

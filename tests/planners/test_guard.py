@@ -11,7 +11,6 @@ import pytest
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_engine import FakeEngine
 
 from flash_eplb.planners.engine_loop import Pace
 from flash_eplb.planners.guard import Guard, checked_plan
@@ -227,13 +226,6 @@ def test_the_rounds_fit_the_rows():
 
 PACE = Pace(episode_steps=2, window_episodes=8, min_episodes=4, plan_interval=4, timeout_steps=1000)
 DEMAND = np.array([[10, 10, 90, 80, 70, 10, 10, 10]] * 2)
-
-
-@pytest.fixture
-def engine(session):
-    made = FakeEngine(session)
-    yield made
-    made.close()
 
 
 def test_the_planner_sends_nothing_invalid_and_serves_on(session, engine, log):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
-from test_planner import OTHER, PACE, SKEWED, run, until
+from planner_runs import OTHER, PACE, SKEWED, run, until
 
 from flash_eplb.planners.baselines import Static
 from flash_eplb.planners.expert_map import ExpertMap, SavedPlacement, read_map
@@ -20,13 +20,6 @@ from flash_eplb.planners.recording import Recording
 WANTED = np.array([[[5, 0, 2, 7, 6], [1, 3, 4, 6, 7]]] * 2)
 NAME = "EPLB_INITIAL_PLACEMENT=map.json"
 NO_HEAT = replace(PACE, min_episodes=10**6)
-
-
-@pytest.fixture
-def engine(session):
-    made = FakeEngine(session)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 import asyncio
-import contextlib
 import logging
-import os
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -10,66 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
+from planner_runs import OTHER, PACE, SKEWED, planning, rank_load, run, until
 
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
-from flash_eplb.ipc.limits import LimitError
 from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
-from flash_eplb.ipc.names import bell_name, planner_name, rank_name
+from flash_eplb.ipc.names import planner_name
 from flash_eplb.ipc.session import segment_names
-from flash_eplb.ipc.status import Field, State
-from flash_eplb.planners import engine_loop
-from flash_eplb.planners.engine_loop import Pace
 from flash_eplb.planners.flashlb import FlashLB
-from flash_eplb.planners.group import Group
 from flash_eplb.planners.planner import Planner
-
-PACE = Pace(episode_steps=2, window_episodes=8, min_episodes=4, plan_interval=4, timeout_steps=1000)
-SKEWED = np.array([[1, 1, 90, 80, 70, 1, 1, 1]] * 2)
-OTHER = np.array([[80, 1, 1, 1, 1, 70, 90, 60]] * 2)
-
-
-@pytest.fixture
-def engine(session):
-    made = FakeEngine(session)
-    yield made
-    made.close()
-
-
-def run(scenario, timeout=90.0):
-    async def guarded():
-        await asyncio.wait_for(scenario, timeout)
-
-    uvloop.run(guarded())
-
-
-@contextlib.asynccontextmanager
-async def planning(session, policy=FlashLB, pace=PACE, ranks_per_node=None):
-    """A planner that serves until the block ends."""
-    planner = Planner(session, policy, pace, ranks_per_node=ranks_per_node)
-    task = asyncio.create_task(planner.run())
-    yield
-    planner.stop()
-    await task
-
-
-def rank_load(engine: FakeEngine, demand: np.ndarray) -> np.ndarray:
-    load = np.zeros((engine.shape.layers, engine.shape.ranks))
-    for layer, ranks in enumerate(engine.placement):
-        counts = np.bincount(ranks.ravel(), minlength=engine.shape.experts)
-        load[layer] = (demand[layer] / counts)[ranks].sum(axis=1)
-    return load
-
-
-async def until(engine, done, demand=SKEWED, seconds=60):
-    deadline = time.monotonic() + seconds  # kernels may have to be compiled first
-    while not done():
-        assert time.monotonic() < deadline, f"not reached in {engine.steps} steps"
-        engine.step(demand)
-        await asyncio.sleep(0.002)
 
 
 def test_it_balances_an_engine_and_stops_when_told(session, engine):
@@ -182,77 +130,6 @@ def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session,
     assert caplog.text.count("EPLB_HEAT_PHASE=prefill such steps do not count") == 1
 
 
-def test_a_planner_that_comes_late_finds_the_bell_full_and_serves(session, engine, caplog):
-    for _ in range(300):
-        engine.step(SKEWED)
-    attach = Group.attach
-
-    def attach_beside_a_busy_engine(session):
-        group = attach(session)
-        engine.step(SKEWED)  # over the oldest record that the planner would read
-        return group
-
-    async def scenario():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Group, "attach", attach_beside_a_busy_engine)
-            async with planning(session):
-                await until(engine, lambda: engine.epoch >= 1)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert "overwritten before they were read" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("put", "why"),
-    [
-        (lambda path: None, "No such file or directory"),
-        (lambda path: open(path, "w").close(), "it is no FIFO"),
-        (os.mkdir, "it is no FIFO"),
-        (lambda path: os.symlink("/dev/null", path), "it is no FIFO"),
-        (lambda path: os.mkfifo(path, 0o644), "its mode is 0644"),
-    ],
-)
-def test_an_engine_whose_bell_is_lost_is_served_and_that_is_said_once(
-    session, engine, caplog, put, why
-):
-    path = "/dev/shm" + bell_name(session)
-    os.unlink(path)
-    put(path)
-
-    async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.epoch >= 1)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    if os.path.isdir(path):
-        os.rmdir(path)
-    elif os.path.lexists(path):
-        os.unlink(path)
-    (said,) = [text for text in caplog.messages if "doorbell" in text]
-    assert said.startswith(f"doorbell {bell_name(session)} cannot be opened: {why}")
-    assert said.endswith("; plans come up to a second later; restart the engine to have it back")
-
-
-def test_a_rank_that_is_missing_is_named(session, engine, caplog, monkeypatch):
-    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
-    os.unlink("/dev/shm" + rank_name(session, 1))
-
-    async def scenario():
-        async with planning(session):
-            while not caplog.messages:
-                await asyncio.sleep(0.01)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert caplog.messages == [
-        f"cannot serve the engine of session {session!r}: EP rank 1 has no shared memory "
-        f"{rank_name(session, 1)}: it is still starting, or the name was removed; then restart "
-        "the engine"
-    ]
-
-
 def test_a_successor_resumes_from_the_boards(session, engine, caplog):
     async def scenario():
         async with planning(session):
@@ -299,37 +176,6 @@ def test_a_plan_from_a_placement_that_is_gone_is_made_anew(session, engine):
     assert (seen[1] == swapped).all()
 
 
-def test_a_refused_plan_is_given_up_and_a_later_one_sent(session, engine, caplog):
-    async def scenario():
-        async with planning(session):
-            engine.refuse = True
-            await until(engine, lambda: "given up" in caplog.text)
-            engine.refuse = False
-            await until(engine, lambda: engine.epoch >= 1)
-
-    with caplog.at_level(logging.INFO, "flash_eplb.planner"):
-        run(scenario())
-
-
-def test_a_policy_that_fails_costs_only_its_plan(session, engine, caplog):
-    class Failing(FlashLB):
-        calls = 0
-
-        def plan(self, heat, placement, **options):
-            Failing.calls += 1
-            if Failing.calls == 1:
-                raise ZeroDivisionError("bug")
-            return super().plan(heat, placement, **options)
-
-    async def scenario():
-        async with planning(session, Failing):
-            await until(engine, lambda: engine.epoch >= 1)
-
-    with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
-        run(scenario())
-    assert "the policy failed" in caplog.text
-
-
 def test_a_second_planner_is_refused(session, engine):
     async def scenario():
         async with planning(session):
@@ -364,146 +210,3 @@ def test_stationary_heat_gets_one_plan(session, engine, caplog):
         run(scenario())
     assert caplog.text.count("moves in") == 1
     assert "no layer is worth a move" in caplog.text
-
-
-def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engine, caplog):
-    engine.ranks[1].status[Field.STATE] = State.STOPPED
-
-    async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.steps >= 200)
-
-    with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
-        run(scenario())
-    assert caplog.text.count("EP ranks [1] have stopped balancing") == 1
-    assert engine.epoch == 0
-
-
-def test_an_engine_that_cannot_be_served_is_complained_about_once(session, caplog, monkeypatch):
-    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
-    engine = FakeEngine(session)
-    engine.ranks[1].segment.bytes[8] += 1  # the layout of another version
-
-    async def scenario():
-        async with planning(session):
-            while "cannot serve the engine" not in caplog.text:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert caplog.text.count("cannot serve the engine of session") == 1
-    assert "run the same flash_eplb in the workers and the planner" in caplog.text
-    engine.close()
-
-
-def test_too_few_files_for_the_ranks_end_it_with_the_numbers(session, engine):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    async def scenario():
-        used = len(os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, before[1]))
-        try:
-            await Planner(session, FlashLB, PACE).run()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-    with pytest.raises(LimitError, match=r"the planner opens 10 files and may open \d \("):
-        run(scenario())
-    assert not owner_is_alive(planner_name(session))
-
-
-def test_an_engine_that_dies_as_it_is_found_is_left_again(session, monkeypatch):
-    engine = FakeEngine(session)
-    attach = Group.attach
-
-    def attach_to_the_dying(session):
-        group = attach(session)
-        engine.close()
-        return group
-
-    monkeypatch.setattr(Group, "attach", attach_to_the_dying)
-
-    async def scenario():
-        planner = Planner(session, FlashLB, PACE, exit_with_engine=True)
-        await planner.run()
-
-    run(scenario())
-    assert segment_names(session) == []
-
-
-def test_rounds_do_without_the_rows_that_hang_on_a_rank(session, engine, caplog):
-    status = engine.ranks[1].status
-    status[Field.QUARANTINED_ROWS] = engine.shape.staging_rows
-
-    async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.steps >= 200)
-            assert engine.epoch == 0
-            status[Field.QUARANTINED_ROWS] = engine.shape.staging_rows - 1
-            await until(engine, lambda: engine.epoch >= 2)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert engine.most_rows == 1
-    assert caplog.text.count("staging rows are all left to transfers that hang") == 1
-
-
-def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypatch):
-    monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
-
-    async def scenario():
-        async with planning(session):
-            while "VLLM_PLUGINS" not in caplog.text:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert caplog.text.count("still no engine") == 1
-
-
-class Hanging:
-    """A policy that does not return from its first plan."""
-
-    def __init__(self, ranks, slots):
-        pass
-
-    def plan(self, heat, placement):
-        while True:
-            time.sleep(0.05)
-
-
-def test_a_policy_that_hangs_is_named_and_does_not_hold_up_the_end(
-    session, engine, caplog, monkeypatch
-):
-    monkeypatch.setattr(engine_loop, "LONG_PLAN", 0.2)
-    words = "the policy has been planning for 0 s; no other plan is made until it returns"
-    caplog.set_level(logging.WARNING)
-    ended = []
-
-    async def scenario():
-        async with planning(session, Hanging):
-            await until(engine, lambda: words in caplog.text)
-            await until(engine, lambda: not engine.steps % 200)
-            ended.append(time.monotonic())
-        ended.append(time.monotonic())
-
-    run(scenario())
-    assert caplog.text.count(words) == 1
-    assert ended[1] - ended[0] < 10
-
-
-def test_rows_that_vanish_before_a_plan_begins_are_no_fault_of_the_policy(
-    session, engine, caplog, monkeypatch
-):
-    asked = iter([4, 0] * 3)
-    monkeypatch.setattr(Group, "free_rows", lambda _: next(asked, 4))
-
-    async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.epoch >= 1)
-
-    run(scenario())
-    assert next(asked, None) is None
-    assert "refused" not in caplog.text

@@ -3,8 +3,8 @@ import logging
 
 import numpy as np
 from fake_engine import FakeEngine
+from planner_runs import PACE, SKEWED, run, until
 from recordings import stopped
-from test_planner import PACE, SKEWED, run, until
 
 from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.planner import Planner
