@@ -16,7 +16,7 @@ import os
 import stat
 
 from .limits import LimitError, bell_trouble
-from .liveness import NO_FILE, SegmentError, wrong_mode
+from .liveness import NO_FILE, SegmentError, why_unlike_ours
 from .session import unlink_own
 
 _RING = b"\x01"
@@ -115,13 +115,8 @@ def _open(name: str) -> int:
     flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(_path(name), flags)
     status = os.fstat(descriptor)
-    why = ""
-    if not stat.S_ISFIFO(status.st_mode):
-        why = "it is no FIFO; remove it"
-    elif status.st_uid != os.geteuid():
-        why = f"it belongs to user id {status.st_uid}, not to {os.geteuid()}"
-    elif stat.S_IMODE(status.st_mode) != 0o600:
-        why = wrong_mode(status.st_mode)
+    is_bell = stat.S_ISFIFO(status.st_mode)
+    why = why_unlike_ours(status) if is_bell else "it is no FIFO; remove it"
     if why:
         os.close(descriptor)
         raise SegmentError(f"doorbell {name} cannot be opened: {why}")

@@ -129,14 +129,17 @@ def wrong_mode(mode: int) -> str:
 
 def why_not_ours(fd: int) -> str:
     """Why the file behind `fd` is no segment or lock that flash_eplb has made; "" if it may be."""
-    status = os.fstat(fd)
+    why = why_unlike_ours(os.fstat(fd))
+    if not why and os.pread(fd, len(MAGIC), 0) not in (b"", bytes(len(MAGIC)), MAGIC):
+        return OTHER_MAGIC
+    return why
+
+
+def why_unlike_ours(status: os.stat_result) -> str:
+    """Why a file's owner or mode are not what ours have; "" if they are."""
     if status.st_uid != os.geteuid():
         return f"it belongs to user id {status.st_uid}, not to {os.geteuid()}"
-    if stat.S_IMODE(status.st_mode) != 0o600:
-        return wrong_mode(status.st_mode)
-    if os.pread(fd, len(MAGIC), 0) not in (b"", bytes(len(MAGIC)), MAGIC):
-        return OTHER_MAGIC
-    return ""
+    return "" if stat.S_IMODE(status.st_mode) == 0o600 else wrong_mode(status.st_mode)
 
 
 def foreign(name: str, uid: int) -> str:

@@ -10,7 +10,14 @@ import time
 from collections.abc import Iterator
 
 from .limits import lack
-from .liveness import SegmentError, is_locked, opened, owner_is_alive, why_not_ours
+from .liveness import (
+    SegmentError,
+    is_locked,
+    opened,
+    owner_is_alive,
+    why_not_ours,
+    why_unlike_ours,
+)
 from .names import bell_name, lock_name, rank_name, session_of
 
 _CLOSING_SECONDS = 2.0
@@ -130,7 +137,7 @@ def _is_bell_of_ours(name: str) -> bool:
         status = os.lstat("/dev/shm" + name)
     except FileNotFoundError:
         return False
-    return status.st_mode == stat.S_IFIFO | 0o600 and status.st_uid == os.geteuid()
+    return stat.S_ISFIFO(status.st_mode) and not why_unlike_ours(status)
 
 
 def _is_leftover(name: str) -> bool:
