@@ -127,9 +127,9 @@ class WeightUpdate:
         self._check_not_stopped()
         if not self._is_home():
             self._move_home()
-        # An expert that was on its rank all the time may have come to another slot.
-        if not np.array_equal(loader.placement, self._initial):
-            loader.reorder(self._initial)
+        # An expert that was on its rank all the time may have come to another slot, and its layer
+        # may have other routing columns.
+        loader.reorder(self._initial)
         log.info("EP rank %d: experts are back where vLLM writes weights", self._group.rank)
 
     def _move_home(self) -> None:

@@ -9,6 +9,7 @@ it, which copies them with all of them.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -85,34 +86,52 @@ def _copy(pieces: np.ndarray) -> None:
 class Copies:
     """Tensors to be written and what goes there, one for one; they must not overlap.
 
-    Where somebody has given a tensor other memory meanwhile (`share_memory_`), addresses are
-    gathered anew.
+    Where somebody has given a tensor other memory meanwhile (`share_memory_`, `set_`, `data`),
+    addresses are gathered anew.
 
     Args:
         live: the slots to be written, the engine's tables.
         staged: the rows that go there, the values of the tables.
+
+    Raises:
+        ValueError: they are not as many, or two of them are not of one shape.
     """
 
     def __init__(self, live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]):
         self.pairs = list(zip(live, staged, strict=True))
+        for target, source in self.pairs:
+            if target.shape != source.shape:
+                raise ValueError(
+                    f"{tuple(source.shape)} cannot be written over {tuple(target.shape)}"
+                )
         self._gather()
 
     def _gather(self) -> None:
-        storages = (tensor.untyped_storage() for pair in self.pairs for tensor in pair)
-        self._memory = {storage.data_ptr(): storage for storage in storages}
+        self._memory: dict[int, tuple[torch.UntypedStorage | torch.Tensor, int]] = {}
+        for tensor in itertools.chain(*self.pairs):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() == tensor.nbytes:  # a tensor by itself may be given another storage
+                self._memory[id(tensor)] = tensor, tensor.data_ptr()
+            else:
+                self._memory[storage._cdata] = storage, storage.data_ptr()
         pieces = [_pieces(target, source) for target, source in self.pairs]
         self._pieces = np.concatenate([np.empty((0, 3), np.int64), *(p for p in pieces if len(p))])
         self._rest = [pair for pair, p in zip(self.pairs, pieces, strict=True) if not len(p)]
 
     def run(self) -> None:
         """Write them all; on a device the copies are issued, in one call where it has it."""
-        if any(storage.data_ptr() != address for address, storage in self._memory.items()):
+        if any(memory.data_ptr() != address for memory, address in self._memory.values()):
             self._gather()
         _copy(self._pieces)
-        if self._rest and self._rest[0][0].device.type == "npu":
+        if self._rest:
+            with torch.inference_mode():  # whatever mode they were made in, or are used in
+                self._run_rest()
+
+    def _run_rest(self) -> None:
+        if self._rest[0][0].device.type == "npu":
             for target, source in self._rest:
                 target.copy_(source)
-        elif self._rest:
+        else:
             targets, sources = zip(*self._rest, strict=True)
             torch._foreach_copy_(targets, sources)
 

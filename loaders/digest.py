@@ -1,13 +1,15 @@
 """The digest of an expert: 63 bits over the bytes of all its tensors, at memory speed.
 
 On the CPU it is XXH3 (xxhash). On a device it is computed there, so that 8 bytes come to the host
-and not the expert: a weighted sum of the 32-bit words, modulo 2**64. The weights are odd and no two
-of them equal, so that no change of one word, and no exchange of two near ones, goes unseen. The two
-ways give different numbers; a group is of one kind of device.
+and not the expert: a weighted sum of the 32-bit words, modulo 2**64. The weights are odd, so no
+change of one word goes unseen, and mixed from the words' places (splitmix64; Steele et al. 2014),
+so that changes of several do not cancel, as when rows change places. The two ways give different
+numbers; a group is of one kind of device.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import xxhash
 
@@ -15,8 +17,8 @@ from ..device import device_of
 from .staging import Stack, plain_bytes, slot_views
 
 _CHUNK = 1 << 20  # words that are summed up at once
-_MULTIPLIER = 0x9E3779B1  # odd; 2**32 / golden ratio
-_FOLD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; as a signed word
+_GOLDEN = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio
+_FOLD = _GOLDEN - (1 << 64)  # as a signed word
 _weights: dict[torch.device, torch.Tensor] = {}
 
 
@@ -64,8 +66,11 @@ def _words(view: torch.Tensor) -> torch.Tensor:
 
 
 def _weights_on(device: torch.device) -> torch.Tensor:
-    """int64[_CHUNK], odd and different, below 2**32."""
+    """int64[_CHUNK], odd."""
     if device not in _weights:
-        numbers = torch.arange(_CHUNK, dtype=torch.int64, device=device)
-        _weights[device] = ((2 * numbers + 1) * _MULTIPLIER) & 0xFFFFFFFF
+        words = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        words ^= words >> np.uint64(31)
+        _weights[device] = torch.from_numpy((words | np.uint64(1)).view(np.int64)).to(device)
     return _weights[device]

@@ -149,7 +149,8 @@ class Loader:
         self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
 
     def reorder(self, placement: np.ndarray) -> None:
-        """Give experts other slots on the ranks where they are: all ranks, at the same step.
+        """Give experts other slots on the ranks where they are, and even routing columns in all
+        layers: all ranks, at the same step.
 
         Args:
             placement: int32 [layers, ranks, slots], with the experts of now on every rank.
@@ -161,7 +162,7 @@ class Loader:
         for layer in layers:
             ours = self.placement[layer, self._rank], placement[layer, self._rank]
             reorder_slots(self._engine.weights[layer], *ours)
-        copy_rows(*self._engine.tables(layers, placement, None))
+        copy_rows(*self._engine.tables(np.arange(len(placement)), placement, None))
         self.placement = placement.copy()
         self._turn_epoch()
 

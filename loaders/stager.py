@@ -40,11 +40,10 @@ class ChangedError(DigestError):
 
 
 class _Wrong(NamedTuple):
-    """A digest that is not the expected one; `is_known`: it is another expert's of the layer."""
+    """A digest that is not the expected one."""
 
     found: int
     expected: int
-    is_known: bool
 
 
 class Stager:
@@ -182,8 +181,9 @@ class Stager:
         """The bytes of the expert that leaves; DigestError unless they are those of the start."""
         views = self._source(move)
         if wrong := self._wrong(views, *_expert(move)):
-            # Another expert's digest: we have read a wrong row. Any other: somebody wrote.
-            kind = DigestError if wrong.is_known else ChangedError
+            # Have we read a wrong row? If the right one is wrong, too, somebody else has written.
+            live = slot_views(self._weights[int(move["layer"])], int(move["source_slot"]))
+            kind = ChangedError if self._wrong(live, *_expert(move)) else DigestError
             raise kind(_complaint(move, wrong, "at its source"))
         return views
 
@@ -196,9 +196,7 @@ class Stager:
         if self._reference is None:
             return None
         found, expected = row_digest(views), int(self._reference[layer, expert])
-        if found == expected:
-            return None
-        return _Wrong(found, expected, found in self._reference[layer])
+        return None if found == expected else _Wrong(found, expected)
 
 
 def _complaint(move: np.void, wrong: _Wrong, where: str) -> str:

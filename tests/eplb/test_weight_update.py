@@ -169,6 +169,22 @@ def test_experts_go_back_to_their_very_slots(moving):
     group.check(is_new=True)
 
 
+def test_all_layers_have_even_columns_again_whether_experts_have_moved_or_not(moving):
+    group = moving()
+    last = [{}, {}]
+    for rank, engine in enumerate(group.engines):
+
+        def tables(layers, placement, columns=None, engine=engine, seen=last[rank]):
+            seen.update((layer, columns) for layer in layers.tolist())
+            return type(engine).tables(engine, layers, placement, columns)
+
+        engine.tables = tables
+    group.update()
+    assert last == [dict.fromkeys(range(LAYERS))] * 2
+    group.move()
+    group.check(is_new=True)
+
+
 def test_nothing_moves_between_the_begin_and_the_end_of_an_update(moving):
     group = moving()
     group.move()

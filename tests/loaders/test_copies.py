@@ -15,6 +15,14 @@ def filled(shape, dtype, seed):
     return torch.from_numpy(cells).view(dtype).ravel()[:size].reshape(shape)
 
 
+@pytest.fixture
+def threads():
+    """Sets the threads of torch until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @st.composite
 def pairs(draw):
     """A tensor to be written within a larger one, and what goes there: views of many kinds."""
@@ -95,18 +103,56 @@ def test_a_tensor_that_got_other_memory_is_written_there():
     assert not any(other.any() for other in others)
 
 
+@pytest.mark.parametrize("how", ["data", "set_"])
+def test_a_tensor_that_stands_for_other_memory_is_written_there(how):
+    live, new = torch.zeros(4096, dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8)
+    old = live.detach()
+    copies = Copies([live], [torch.ones(4096, dtype=torch.uint8)])
+    if how == "data":
+        live.data = new
+    else:
+        live.set_(new)
+    copies.run()
+    assert (live == 1).all()
+    assert (new == 1).all()
+    assert not old.any()
+
+
+def test_each_of_two_storages_of_the_same_memory_is_followed():
+    memory = np.zeros(4096, np.uint8)
+    pair = [torch.from_numpy(memory[:]) for _ in range(2)]
+    copies = Copies([pair[0][:2048], pair[1][2048:]], [torch.ones(2048, dtype=torch.uint8)] * 2)
+    pair[0].share_memory_()
+    copies.run()
+    assert (pair[0][:2048] == 1).all()
+    assert (pair[1][2048:] == 1).all()
+    assert not memory[:2048].any()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_it_does_not_matter_in_which_mode_tensors_were_made(large, threads):
+    threads(2)
+    size = SMALL + 1 if large else 8
+    parameter = torch.nn.Parameter(torch.zeros(size))
+    with torch.inference_mode():
+        inferred = torch.zeros(size)
+    copy_rows([parameter, inferred], [torch.ones(size)] * 2)
+    assert (parameter == 1).all()
+    assert (inferred == 1).all()
+    assert parameter.requires_grad
+
+
+def test_tensors_of_two_shapes_are_refused_before_anything_is_written():
+    live = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"^\(1,\) cannot be written over \(4,\)$"):
+        Copies([live, torch.zeros(4)], [live + 1, torch.ones(1)])
+    assert not live.any()
+
+
 def test_a_view_that_torch_resolves_as_it_copies_is_left_to_it():
     live, source = torch.zeros(2, dtype=torch.complex64), torch.tensor([1j, 2 - 1j])
     copy_rows([live], [source.conj()])
     assert live.tolist() == [-1j, 2 + 1j]
-
-
-@pytest.fixture
-def threads():
-    """Sets the threads of torch until the test is over."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_only_large_tensors_are_left_to_torch_and_only_if_it_has_several_threads(

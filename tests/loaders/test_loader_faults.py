@@ -63,6 +63,21 @@ def test_weights_that_somebody_else_has_written_stop_balancing_on_all_ranks(clus
     assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
 
 
+def test_experts_of_the_layer_that_somebody_else_has_written_stop_balancing_too(cluster, caplog):
+    """As when the same checkpoint is read again, by the placement of the start."""
+    group = cluster()
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    weights = group.ranks[0].engine.weights[1]
+    for tensor in weights:
+        tensor[0] = tensor[1].clone()
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        group.send(group.record(swap(1, (3, 0, 0), (0, 1, 0)), plan=2, sequence=2))
+        group.tick_until(lambda: bool(group.ranks[1].loader.stopped))
+    assert "EP rank 0 holds an expert whose weights are not those" in group.ranks[1].loader.stopped
+    assert "at its source" in caplog.text
+
+
 def test_a_vote_that_some_have_given_up_is_not_acted_on_by_the_rank_that_was_late(
     cluster, monkeypatch
 ):

@@ -183,6 +183,37 @@ def test_words_that_change_places_change_the_digest_of_a_device(seed, first, sec
     assert (found[0] == found[1]) == torch.equal(words, other)
 
 
+def rows_change_places(words, random):
+    place, width = int(random.integers(0, 4000)), int(random.integers(1, 5))
+    two = words[place : place + 2 * width].reshape(2, width)
+    words[place : place + 2 * width] = two.flip(0).ravel()
+
+
+def bits_flip_at_even_distances(words, random):
+    place, step = int(random.integers(0, 3000)), int(random.integers(1, 300))
+    words[place : place + 4 * step : step] ^= 1 << int(random.integers(0, 31))
+
+
+def second_differences_are_added(words, random):
+    place = int(random.integers(0, 4000))
+    words[place : place + 3] += torch.tensor([1, -2, 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change", [rows_change_places, bits_flip_at_even_distances, second_differences_are_added]
+)
+def test_changes_of_several_words_do_not_cancel_in_the_digest_of_a_device(change):
+    """Rows of few values, as scales are, in regular places: what a sum by the places would miss."""
+    random = np.random.default_rng(0)
+    before = torch.from_numpy(random.integers(0, 2, 5000, dtype=np.int32)) * 0x3F80
+    digest = device_digest([before.view(torch.uint8)])
+    for _ in range(300):
+        words = before.clone()
+        change(words, random)
+        found = device_digest([words.view(torch.uint8)])
+        assert (found == digest) == torch.equal(words, before)
+
+
 def test_a_device_digest_of_several_chunks_sees_each(monkeypatch):
     monkeypatch.setattr(digest_module, "_CHUNK", 8)
     monkeypatch.setattr(digest_module, "_weights", {})
