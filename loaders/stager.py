@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -44,6 +45,16 @@ class _Wrong(NamedTuple):
 
     found: int
     expected: int
+
+
+def _take_no_core_on_waking() -> None:
+    """Let this thread, and those that it starts, wait for a core that is free, or for a turn.
+
+    It is the engine's main thread that wakes it, in a step, and would lose its core at once.
+    """
+    with contextlib.suppress(OSError):  # forbidden here
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class Stager:
@@ -92,6 +103,7 @@ class Stager:
         self._errands.put(None)
 
     def _run(self) -> None:
+        _take_no_core_on_waking()
         stream = self._device.side_stream()
         with stream.use():
             while (order := self._errands.get()) is not None:

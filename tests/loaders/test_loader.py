@@ -1,3 +1,4 @@
+import os
 import random
 import sys
 import time
@@ -81,6 +82,14 @@ def test_a_round_is_committed_on_all_ranks_at_the_same_step(cluster):
         moved = 1 if rank is not group.ranks[2] else 0
         assert row["rows"] == moved
         assert row["received_bytes"] == moved * group.shape.row_bytes[1]
+
+
+def test_a_stager_takes_no_core_from_the_main_thread_that_wakes_it(cluster):
+    group = cluster()
+    for rank in group.ranks:
+        thread = rank.loader._stagers._stager._thread
+        assert os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
