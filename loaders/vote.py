@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..ipc.ballot_box import CLOSED, COMPLETE, BallotBox
 
@@ -22,8 +22,7 @@ _QUIET_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # from one look at a rank that is late to the next
 
 
-@dataclass(frozen=True)
-class Ballot:
+class Ballot(NamedTuple):
     """What one rank says.
 
     Attributes:
@@ -45,8 +44,7 @@ class Ballot:
     epoch: int = 0
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What all ranks said; equal on all of them. Ranks are -1 where nobody said it.
 
     Attributes:

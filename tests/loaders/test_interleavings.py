@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,19 +197,19 @@ class CommitsAlone(ObservedLoader):
     def _act(self, outcome):
         result = self._stagers.result
         if self._active is not None and result is not None and not result.error:
-            outcome = replace(outcome, staged=True)
+            outcome = outcome._replace(staged=True)
         return super()._act(outcome)
 
 
 class StartsAlone(ObservedLoader):
     def _act(self, outcome):
         start = self._voted.identity if self._voted else 0
-        return super()._act(replace(outcome, start=start))
+        return super()._act(outcome._replace(start=start))
 
 
 class NeverAborts(ObservedLoader):
     def _act(self, outcome):
-        return super()._act(replace(outcome, failed_rank=-1))
+        return super()._act(outcome._replace(failed_rank=-1))
 
 
 @pytest.mark.parametrize(

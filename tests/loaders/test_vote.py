@@ -1,6 +1,5 @@
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def highest(said):
 @given(st.lists(BALLOTS, min_size=1, max_size=5), st.booleans())
 def test_the_outcome_is_what_the_ballots_say(ballots, agree):
     if agree:  # all about the same candidate
-        ballots = [replace(ballot, candidate=ballots[0].candidate) for ballot in ballots]
+        ballots = [ballot._replace(candidate=ballots[0].candidate) for ballot in ballots]
     candidates = {ballot.candidate for ballot in ballots}
     assert counted(ballots) == Outcome(
         start=candidates.pop() if len(candidates) == 1 else 0,
