@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +21,6 @@ from . import config as settings
 from .choice import (
     SETTINGS_OF,
     choose,
-    fail,
     load,
     one_sentence,
     options_of,
@@ -31,6 +29,7 @@ from .choice import (
     reaching,
     refusal,
 )
+from .output import check_paths
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
@@ -97,16 +96,6 @@ def planner(
         raise typer.Exit(1) from None
 
 
-def _check_paths(config: settings.Config) -> None:
-    """End the command with 2 if what is to be written has no place; found now, not after a plan."""
-    saved, record = Path(config.save_placement), Path(config.record)
-    if config.save_placement and (saved.is_dir() or not saved.parent.is_dir()):
-        why = "is a folder" if saved.is_dir() else f"{saved.parent} is no folder"
-        fail(f"EPLB_SAVE_PLACEMENT={saved}: {why}; give the path of a file in one that is there")
-    if config.record and record.exists() and not record.is_dir():
-        fail(f"EPLB_RECORD={record}: it is no folder; give one, or a path where one can be made")
-
-
 def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine: bool) -> None:
     """Plan, on uvloop, until SIGINT or SIGTERM comes or, if so asked, the engine is gone.
 
@@ -125,7 +114,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     check_files(_FILES, "the planner")
     choice = choose(config.policy)
     options = options_of(config, choice)
-    _check_paths(config)
+    check_paths(config)
     with one_sentence():
         initial = read_map(config.initial_placement) if config.initial_placement else None
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..planners.whole_file import is_special, try_whole, write_whole
 from .choice import fail
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 def target_of(option: str, name: str) -> Path | None:
@@ -15,22 +19,68 @@ def target_of(option: str, name: str) -> Path | None:
     if not name:
         return None
     path = Path(name)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not _has_place(path):
         fail(f"{option} {name} cannot be written; name a file in a folder that is there")
     return path
 
 
+def _has_place(path: Path) -> bool:
+    if is_special(path):
+        return os.access(path, os.W_OK)
+    return not os.path.isdir(path) and not _why_unwritable(path)
+
+
 def write_text(option: str, target: Path, text: str) -> None:
-    """Write the file by another name and rename it; ends the command if that fails."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    """Write the file as a whole; ends the command if that fails."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        write_whole(target, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         fail(f"{option} {target} cannot be written: {error}")
 
 
 def write_figures(target: Path, figures: dict[str, Any]) -> None:
     """Write what --json asks for."""
     write_text("--json", target, json.dumps(figures, indent=1) + "\n")
+
+
+def check_paths(config: Config) -> None:
+    """End the command with 2 if what a planner is to write has no place; found now, not after a
+    plan."""
+    if config.save_placement:
+        _check_saved(Path(config.save_placement))
+    if config.record:
+        _check_record(Path(config.record))
+
+
+def _check_saved(saved: Path) -> None:
+    why = ""
+    if os.path.isdir(saved):
+        why = "is a folder"
+    elif not os.path.isdir(saved.parent):
+        why = f"{saved.parent} is no folder"
+    if why:
+        fail(f"EPLB_SAVE_PLACEMENT={saved}: {why}; give the path of a file in one that is there")
+    if is_special(saved):  # which keeps no map, and a pipe would hold the planner up
+        why = "it is no regular file"
+    else:
+        why = _why_unwritable(saved)
+    if why:
+        fail(f"EPLB_SAVE_PLACEMENT={saved}: {why}; give the path of a file that can be written")
+
+
+def _check_record(record: Path) -> None:
+    """What is there of the path must be a folder in which something can be made."""
+    there = next(path for path in (record, *record.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        fail(f"EPLB_RECORD={record}: it is no folder; give one, or a path where one can be made")
+    if why := _why_unwritable(there / "record"):
+        fail(f"EPLB_RECORD={record}: nothing can be made in {there}: {why}; give another folder")
+
+
+def _why_unwritable(path: Path) -> str:
+    """Why no file can be made there as `write_whole` does; "" if one can."""
+    try:
+        try_whole(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from ..ipc.placement import PlacementError, check_placement
+from .whole_file import write_whole
 
 log = logging.getLogger("flash_eplb.planner")
 
@@ -112,10 +113,8 @@ class SavedPlacement:
         """Replace the file as a whole; says once if that fails, for it is of use to nobody now."""
         if not self._path:
             return
-        beside = Path(f"{self._path}.new")
         try:
-            beside.write_text(encode_map(placement))
-            beside.replace(self._path)
+            write_whole(self._path, encode_map(placement))
         except OSError as error:
             if not self._failed:
                 log.error(

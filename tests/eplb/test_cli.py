@@ -327,11 +327,32 @@ def test_every_command_explains_itself(command):
             {"EPLB_RECORD": "/etc/passwd"},
             "EPLB_RECORD=/etc/passwd: it is no folder; give one, or a path where one can be made",
         ),
+        (
+            {"EPLB_SAVE_PLACEMENT": "/proc/map.json"},
+            "EPLB_SAVE_PLACEMENT=/proc/map.json: No such file or directory; give the path of a "
+            "file that can be written",
+        ),
+        (
+            {"EPLB_RECORD": "/proc/a/recording"},
+            "EPLB_RECORD=/proc/a/recording: nothing can be made in /proc: No such file or "
+            "directory; give another folder",
+        ),
     ],
 )
 def test_a_place_that_nothing_can_be_written_to_ends_the_planner(session, variables, text):
     found = run_eplb("planner", "--session", session, **variables)
     assert (found.returncode, found.stderr) == (2, f"eplb: {text}\n")
+
+
+def test_a_placement_is_not_saved_into_a_pipe(session, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found = run_eplb("planner", "--session", session, EPLB_SAVE_PLACEMENT=str(pipe))
+    assert (found.returncode, found.stderr) == (
+        2,
+        f"eplb: EPLB_SAVE_PLACEMENT={pipe}: it is no regular file; give the path of a file that "
+        "can be written\n",
+    )
 
 
 def test_status_and_record_with_too_few_files_say_so(session, tmp_path):

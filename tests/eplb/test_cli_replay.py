@@ -215,6 +215,18 @@ def test_figures_that_cannot_be_written_leave_nothing(heat, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["heat.npy"]
 
 
+def test_figures_go_into_a_pipe_which_stays(heat, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ends = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    result = replay(heat, *SHAPE, "--policy", "static", "--json", pipe)
+    content = os.read(ends, 1 << 16)
+    os.close(ends)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(content)["policies"].keys() == {"static"}
+    assert pipe.is_fifo()
+
+
 def test_the_example_of_its_help_names_what_is_there():
     result = replay("--help")
     assert "eplb replay recording --policy flashlb --policy static" in result.stdout
