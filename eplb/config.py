@@ -144,6 +144,20 @@ def load_config(**overrides: Any) -> Config:
         raise ConfigError("\n".join(["wrong settings:", *lines])) from None
 
 
+class _CpuPatches(BaseSettings):
+    model_config = Config.model_config
+
+    cpu_patches: bool = False
+
+
+def load_cpu_patches() -> bool:
+    """Whether EPLB_CPU_PATCHES asks for the patches, be the other settings right or wrong."""
+    try:
+        return _CpuPatches().cpu_patches
+    except ValidationError:
+        return False
+
+
 def _complaint(item: Any) -> str:
     name = str(item["loc"][0]).lower() if item["loc"] else "?"
     name = name.removeprefix(PREFIX.lower())

@@ -25,6 +25,22 @@ def register() -> None:
     """
     if not any(name.upper().startswith("EPLB_") for name in os.environ):
         return
+    from .config import load_cpu_patches
+    from .logs import configure
+
+    try:
+        if load_cpu_patches():
+            from ..loaders import cpu_patches
+
+            cpu_patches.install()
+    except Exception:
+        configure("INFO")
+        log.exception("EPLB_CPU_PATCHES: the patches do not fit this vLLM, which runs without them")
+    _balance()
+
+
+def _balance() -> None:
+    """Install the hooks that balance, if all settings are right and ask for them."""
     from .config import ConfigError, load_config, unknown_variables
     from .logs import configure
 
@@ -37,29 +53,25 @@ def register() -> None:
     if unknown := unknown_variables():
         configure(config.log_level)
         log.warning("%s: no setting of flash_eplb, misspelt? see `eplb config`", ", ".join(unknown))
+    if not config.enabled:
+        return
+    configure(config.log_level)
     try:
-        if config.cpu_patches:
-            from ..loaders import cpu_patches
+        from . import ascend, vllm_state
 
-            cpu_patches.install()
-        if config.enabled:
-            configure(config.log_level)
-            from . import ascend, vllm_state
-
-            platforms = ascend.platforms()
-            if name := ascend.left_out(platforms, os.environ.get("VLLM_PLUGINS")):
-                log.error(
-                    "VLLM_PLUGINS=%s leaves out %r, the platform plug-in of vLLM-Ascend, so vLLM "
-                    "does not find its NPUs: add it to the list",
-                    os.environ["VLLM_PLUGINS"],
-                    name,
-                )
-            if platforms:
-                ascend.install(config)  # its runner V1 needs nothing of vLLM's own EPLB
-            vllm_state.install(config, bool(platforms))
-            _sweep_at_exit(config.session)
+        platforms = ascend.platforms()
+        if name := ascend.left_out(platforms, os.environ.get("VLLM_PLUGINS")):
+            log.error(
+                "VLLM_PLUGINS=%s leaves out %r, the platform plug-in of vLLM-Ascend, so vLLM "
+                "does not find its NPUs: add it to the list",
+                os.environ["VLLM_PLUGINS"],
+                name,
+            )
+        if platforms:
+            ascend.install(config)  # its runner V1 needs nothing of vLLM's own EPLB
+        vllm_state.install(config, bool(platforms))
+        _sweep_at_exit(config.session)
     except Exception:
-        configure(config.log_level)
         log.exception("flash_eplb is off: it does not fit this vLLM, which serves on without it")
 
 

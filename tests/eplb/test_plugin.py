@@ -88,6 +88,8 @@ def hooks(environment):
         ({}, []),
         ({"EPLB_ENABLED": "0"}, []),
         ({"EPLB_CPU_PATCHES": "1"}, [("patches",)]),
+        ({"EPLB_CPU_PATCHES": "1", "EPLB_VERIFY": "maybe"}, [("patches",), ("log", "INFO")]),
+        ({"EPLB_CPU_PATCHES": "perhaps"}, [("log", "INFO")]),
         (
             {"EPLB_ENABLED": "1", "EPLB_SESSION": "a", "EPLB_LOG_LEVEL": "debug"},
             [("log", "DEBUG"), ("state", "a"), ("sweep", "a")],
@@ -123,6 +125,20 @@ def test_a_vllm_that_does_not_fit_is_logged_and_nothing_is_raised(hooks, environ
     assert record.getMessage().startswith("flash_eplb is off: it does not fit this vLLM")
     assert "EplbState has no step" in str(record.exc_info[1])
     assert ("sweep", "default") not in hooks
+
+
+def test_patches_that_do_not_fit_are_logged_and_the_rest_is_installed(hooks, environment, caplog):
+    def refuse():
+        raise AttributeError("vLLM has no such kernel")
+
+    environment.setattr(sys.modules["flash_eplb.loaders.cpu_patches"], "install", refuse)
+    environment.setattr(logging.getLogger("flash_eplb"), "propagate", True)
+    environment.setenv("EPLB_CPU_PATCHES", "1")
+    environment.setenv("EPLB_ENABLED", "1")
+    plugin.register()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("EPLB_CPU_PATCHES: the patches do not fit this vLLM")
+    assert ("state", "default") in hooks
 
 
 @pytest.mark.parametrize("listed", ["flash_eplb", "flash_eplb,ascend"])
