@@ -151,9 +151,12 @@ def compile_kernels(choice: Choice | None = None) -> None:
     Args:
         choice: the policy; None for the default one.
     """
+    from ..kernel_cache import notice
     from ..planners import engine_loop
     from ..planners.policy import DEFAULT, choose_policy
 
+    if text := notice():
+        log.warning(text)
     engine_loop.warmup()
     (choice or choose_policy(DEFAULT)).warm_up()
 
@@ -305,7 +308,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point of the command; 1 and a sentence where its output cannot be written."""
+    """Entry point of the command; 1 and a sentence where its output or kernels find no place."""
     try:
         try:
             app()
@@ -317,6 +320,13 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(f"eplb: the output cannot be written: {error.strerror}")
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        sys.exit(
+            "eplb: numba finds no place for compiled kernels; set NUMBA_CACHE_DIR to a folder that "
+            "can be written"
+        )
 
 
 if __name__ == "__main__":

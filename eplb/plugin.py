@@ -41,6 +41,7 @@ def register() -> None:
 
 def _balance() -> None:
     """Install the hooks that balance, if all settings are right and ask for them."""
+    from ..kernel_cache import notice
     from .config import ConfigError, load_config, unknown_variables
     from .logs import configure
 
@@ -56,6 +57,8 @@ def _balance() -> None:
     if not config.enabled:
         return
     configure(config.log_level)
+    if text := notice():
+        log.warning(text)
     try:
         from . import ascend, vllm_state
 
