@@ -57,7 +57,7 @@ def one_sentence() -> Iterator[None]:
 def reaching(session: str) -> Iterator[None]:
     """End the command with 1 and the reason if the engine of `session` cannot be attached to."""
     from ..ipc.limits import LimitError
-    from ..ipc.liveness import SegmentError
+    from ..ipc.liveness import SegmentAbsentError, SegmentError
     from ..planners.group import RankMissingError
 
     try:
@@ -67,6 +67,13 @@ def reaching(session: str) -> Iterator[None]:
         raise typer.Exit(1) from None
     except RankMissingError as error:
         typer.echo(f"eplb: the engine of session {session!r} is not complete: {error}", err=True)
+        raise typer.Exit(1) from None
+    except SegmentAbsentError as error:
+        typer.echo(
+            f"eplb: no engine in session {session!r}: {error}; it appears with its first request, "
+            "so send it one",
+            err=True,
+        )
         raise typer.Exit(1) from None
     except SegmentError as error:
         typer.echo(f"eplb: no engine in session {session!r}: {error}", err=True)

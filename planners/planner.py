@@ -181,8 +181,9 @@ class Planner:
     def _hint(self) -> None:
         """What to look at when an engine is long in coming."""
         log.warning(
-            "still no engine in session %r: does vLLM run with --enable-eplb, EPLB_ENABLED=1 and "
-            "this EPLB_SESSION? Does VLLM_PLUGINS, if it is set, name flash_eplb?",
+            "still no engine in session %r: it appears with its first request, has it had one? If "
+            "so, does vLLM run with --enable-eplb, EPLB_ENABLED=1 and this EPLB_SESSION? Does "
+            "VLLM_PLUGINS, if it is set, name flash_eplb?",
             self._session,
         )
 

@@ -197,6 +197,7 @@ def test_status_without_an_engine_is_one_sentence(session):
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"eplb: no engine in session {session!r}: ")
+    assert line.endswith("; it appears with its first request, so send it one")
 
 
 def test_status_shows_each_rank(session):

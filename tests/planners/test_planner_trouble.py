@@ -220,6 +220,7 @@ def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypat
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert caplog.text.count("still no engine") == 1
+    assert "it appears with its first request, has it had one? If so, does vLLM" in caplog.text
 
 
 class Hanging:
