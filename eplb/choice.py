@@ -13,6 +13,7 @@ from . import config as settings
 
 if TYPE_CHECKING:
     from ..planners.engine_loop import Pace
+    from ..planners.expert_map import ExpertMap
     from ..planners.policy import Choice, Policy
 
 log = logging.getLogger("flash_eplb.planner")
@@ -107,6 +108,14 @@ def options_of(
             variable = settings.PREFIX + name.upper()
             typer.echo(f"eplb: {variable} does nothing with {source}{choice.name}", err=True)
     return options
+
+
+def initial_of(config: settings.Config) -> ExpertMap | None:
+    """The map of EPLB_INITIAL_PLACEMENT, None without one; ends the command if it is unfit."""
+    from ..planners.expert_map import read_map
+
+    with one_sentence():
+        return read_map(config.initial_placement) if config.initial_placement else None
 
 
 def pace_of(config: settings.Config) -> Pace:

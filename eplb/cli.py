@@ -21,8 +21,8 @@ from . import config as settings
 from .choice import (
     SETTINGS_OF,
     choose,
+    initial_of,
     load,
-    one_sentence,
     options_of,
     pace_of,
     policy_of,
@@ -107,7 +107,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     import uvloop
 
     from ..ipc.limits import check_files
-    from ..planners.expert_map import SavedPlacement, read_map
+    from ..planners.expert_map import SavedPlacement
     from ..planners.planner import Planner
     from ..planners.policy import PolicyError
 
@@ -115,8 +115,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
     choice = choose(config.policy)
     options = options_of(config, choice)
     check_paths(config)
-    with one_sentence():
-        initial = read_map(config.initial_placement) if config.initial_placement else None
+    initial = initial_of(config)
 
     def make_policy(ranks: int, slots: int, **of_engine: str) -> Policy:
         return policy_of(config, choice, ranks, slots, options | of_engine)

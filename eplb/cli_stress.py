@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .choice import fail, load, one_sentence
-from .output import target_of, write_figures
+from .choice import choose, fail, initial_of, load, one_sentence
+from .output import check_paths, target_of, write_figures
 
 if TYPE_CHECKING:
     from .config import Config
@@ -69,6 +69,9 @@ def stress(
     _check(*given, patience)
     target = target_of("--json", json_file)
     config = load(session=os.environ.get("EPLB_SESSION", f"stress-{os.getpid()}"))
+    choose(config.policy)
+    check_paths(config)
+    initial_of(config)
     folder, code = tempfile.mkdtemp(prefix="eplb-stress-"), 0
     try:
         setup = _setup(

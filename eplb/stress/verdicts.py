@@ -39,7 +39,7 @@ def verdicts(outcome: Outcome, setup: Setup, policy: str) -> list[Verdict]:
         ),
         Verdict(
             "no hang",
-            outcome.longest_stall < LONGEST_STALL,
+            outcome.longest_stall < LONGEST_STALL if outcome.steps else None,
             f"longest time without a step {outcome.longest_stall:.2f} s",
         ),
         _right_weights(outcome, setup),
@@ -91,7 +91,8 @@ def _right_weights(outcome: Outcome, setup: Setup) -> Verdict:
 def _in_step(outcome: Outcome, setup: Setup) -> Verdict:
     """At a given pace the planner reads all; at full speed it says what it can."""
     figure = f"{outcome.lost} records not read in time, {outcome.most_behind} steps behind at most"
-    return Verdict("the planner keeps in step", outcome.lost == 0 if setup.rate else None, figure)
+    holds = outcome.lost == 0 if setup.rate and outcome.steps else None
+    return Verdict("the planner keeps in step", holds, figure)
 
 
 def _gain(outcome: Outcome, setup: Setup, policy: str) -> Verdict:

@@ -317,6 +317,26 @@ def test_wrong_arguments_are_refused_in_one_sentence(environment, arguments, wor
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("EPLB_POLICY", "flashbl", "EPLB_POLICY='flashbl' names no policy"),
+        ("EPLB_INITIAL_PLACEMENT", "/nowhere.json", "the expert map /nowhere.json cannot be read"),
+        ("EPLB_SAVE_PLACEMENT", "/nowhere/x.json", "EPLB_SAVE_PLACEMENT=/nowhere/x.json: "),
+    ],
+)
+def test_what_its_planner_would_refuse_is_refused_in_one_sentence(environment, name, value, words):
+    def start(*_):
+        raise AssertionError("it starts")
+
+    environment.setattr("flash_eplb.eplb.stress.stress.Stress.run", start)
+    environment.setenv(name, value)
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert words in line
+
+
 def test_without_room_in_shared_memory_it_says_so(environment):
     environment.setattr("flash_eplb.ipc.limits.free_bytes", lambda: 1 << 20)
     result = CliRunner().invoke(app, ["stress", "--seconds", "1"])

@@ -73,6 +73,12 @@ def test_each_promise_can_be_broken(changes, promise):
     assert broken(good(**changes)) == [promise]
 
 
+def test_without_a_step_nothing_is_said_of_hangs():
+    never = Outcome(trouble="the planner ended with 1")
+    assert broken(never) == ["it runs to its end"]
+    assert {"no hang", "the planner keeps in step", "the ranks agree"} <= set(unjudged(never))
+
+
 def test_a_fault_counts_by_its_worst():
     faults = [FaultRecord("rank-slow", s, t) for s, t in [(1.0, ""), (4.2, ""), (2.0, "")]]
     found = {v.promise: v for v in verdicts(good(faults=faults), SETUP, "flashlb")}
