@@ -144,6 +144,11 @@ def policy_of(
     return choice.make(ranks, slots, near, **options)
 
 
+def par_text(par: float) -> str:
+    """A PAR as commands show it; "-" for nan, where none was measured."""
+    return "-" if par != par else f"{par:.3f}"
+
+
 def refusal(error: Exception, source: str = "EPLB_POLICY=") -> typer.Exit:
     """What ends a command whose policy cannot be used; its author finds the traceback in DEBUG."""
     log.debug("the policy cannot be used", exc_info=error)

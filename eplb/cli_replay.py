@@ -16,6 +16,7 @@ from .choice import (
     one_sentence,
     options_of,
     pace_of,
+    par_text,
     policy_of,
     refusal,
 )
@@ -82,7 +83,10 @@ def replay(
         fail(f"{path} has no step with tokens whose placement is known; there is nothing to replay")
     times = {name: step_time(found, base, moe_share) for name, found in outcomes.items()}
     _show(outcomes, times)
-    for note in _notes(source, config, start, origin, timing, moe_share):
+    for note in [
+        *_notes(source, config, start, origin, timing, moe_share),
+        *_too_short(base, config),
+    ]:
         typer.echo(note)
     if target:
         write_figures(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
@@ -151,7 +155,7 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
     for name, found in outcomes.items():
         table.add_row(
             name,
-            *(f"{value:.3f}" for value in (*found.step_par, *found.episode_par)),
+            *map(par_text, (*found.step_par, *found.episode_par)),
             f"{found.plans}" + (f" ({found.refused} refused)" if found.refused else ""),
             str(found.moves),
             f"{found.moved_per_plan:.1%}",
@@ -199,6 +203,18 @@ def _notes(
         step_time_model(moe_share, "the placement at the start"),
     ]
     return [*notes, *losses_of(source)]
+
+
+def _too_short(base: Outcome, config: Config) -> list[str]:
+    """That no policy came to plan, and what would let it."""
+    if base.episodes >= config.min_episodes:
+        return []
+    return [
+        f"No policy has planned: {base.steps} steps with tokens are {base.episodes} episodes of "
+        f"EPLB_EPISODE_STEPS={config.episode_steps}, and the first plan comes after "
+        f"EPLB_MIN_EPISODES={config.min_episodes}, which takes "
+        f"{config.episode_steps * config.min_episodes} steps; record longer, or lower one of them."
+    ]
 
 
 def _as_json(

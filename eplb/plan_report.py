@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .choice import par_text
 from .heat_source import losses_of
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class Row:
     def pars(self) -> list[str]:
         """PAR of steps and of episodes, each on the whole and held out."""
         found = (self.whole, self.held_out)
-        steps = [each and each.step_par[0] for each in found]
-        episodes = [each and each.episode_par[0] for each in found]
-        return ["-" if par is None else f"{par:.3f}" for par in (*steps, *episodes)]
+        steps = [each.step_par[0] if each else None for each in found]
+        episodes = [each.episode_par[0] if each else None for each in found]
+        return ["-" if par is None else par_text(par) for par in (*steps, *episodes)]
 
     def step_time(self, start: Row, moe_share: float) -> float:
         """Relative to the start's; of the steps held out, if there are any."""

@@ -65,6 +65,7 @@ def test_policies_are_compared_on_a_file(heat, tmp_path):
     figures = json.loads(target.read_text())
     found = figures["policies"]
     assert list(found) == names
+    assert "No policy has planned" not in result.stdout
     start = linear_placement(2, 16, 4, 5)
     expected = episode_par(np.load(heat), start).mean()
     assert found["static"]["step_par_mean"] == pytest.approx(expected)
@@ -200,6 +201,25 @@ def test_a_recording_that_is_damaged_leaves_no_figures(tmp_path, environment):
 def test_a_recording_without_heat_is_said(tmp_path):
     np.save(tmp_path / "heat.npy", np.zeros((4, 2, 16), int))
     assert "has no step with tokens" in refused(tmp_path / "heat.npy", *SHAPE)
+
+
+@pytest.mark.parametrize(("steps", "episodes"), [(9, 0), (40, 2)])
+def test_what_is_too_short_to_be_planned_on_is_said(heat, tmp_path, steps, episodes):
+    short, target = tmp_path / "short.npy", tmp_path / "figures.json"
+    np.save(short, np.load(heat)[:steps])
+    result = replay(short, *SHAPE, "--json", target)
+    assert result.exit_code == 0, result.stderr
+    assert (
+        f"No policy has planned: {steps} steps with tokens are {episodes} episodes of "
+        "EPLB_EPISODE_STEPS=16, and the first plan comes after EPLB_MIN_EPISODES=8, which takes "
+        "128 steps; record longer, or lower one of them."
+    ) in result.stdout
+    assert "nan" not in result.stdout
+    cells = table(result.stdout)["static"][:4]
+    assert (cells[2:] == ["-", "-"]) == (episodes == 0)
+    assert "-" not in cells[:2]
+    found = json.loads(target.read_text(), parse_constant=pytest.fail)["policies"]["static"]
+    assert (found["episode_par_mean"] is None) == (episodes == 0)
 
 
 def test_figures_that_cannot_be_written_leave_nothing(heat, tmp_path, monkeypatch):
