@@ -54,7 +54,7 @@ def _need_plotly() -> None:
     try:
         import plotly  # noqa: F401
     except ImportError:
-        fail("a page is drawn by plotly, which is not here: pip install 'flash-eplb[report]'")
+        fail("a page is drawn by plotly, which is not here: pip install plotly")
 
 
 def _write_page(recording: Recording, path: Path, title: str) -> None:

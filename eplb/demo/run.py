@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...ipc.status import Field
+from ..choice import par_text
 from .checkpoint import TinyMoE, write_checkpoint
 from .observer import Observer
 from .server import ServerError, VllmServer, environment
@@ -91,7 +92,7 @@ class Progress:
 
 
 def _reference(model: Path, work: list[Tokens], logs: Path, progress: Progress) -> list[Tokens]:
-    progress.say("starting vLLM without flash_eplb (log: build/demo/without.log)")
+    progress.say(f"starting vLLM without flash_eplb (log: {logs / 'without.log'})")
     with VllmServer(model, logs / "without.log", progress.waiting, enabled=0) as server:
         progress.say(f"generating {sum(map(len, work))} reference completions")
         return [complete(server.url, server.model, batch, TOKENS) for batch in work]
@@ -105,7 +106,7 @@ def _balanced(
     outcome: Outcome,
     record: str,
 ) -> list[list[Tokens]]:
-    progress.say("starting vLLM with flash_eplb (log: build/demo/with.log)")
+    progress.say(f"starting vLLM with flash_eplb (log: {logs / 'with.log'})")
     passes = []
     observer = Observer(str(SETTINGS["session"]))
     planner = None
@@ -113,7 +114,7 @@ def _balanced(
         with VllmServer(model, logs / "with.log", progress.waiting, **SETTINGS) as server:
             for number in range(PASSES):
                 if number == 1:
-                    progress.say("starting `eplb planner` (log: build/demo/planner.log)")
+                    progress.say(f"starting `eplb planner` (log: {logs / 'planner.log'})")
                     planner = _start_planner(logs / "planner.log", record)
                     _wait_for(logs / "planner.log", "serving an engine", planner)
                 first = observer.steps
@@ -138,7 +139,7 @@ def _one_pass(
         answers.append(complete(server.url, server.model, batch, TOKENS))
         progress.say(
             f"pass {number + 1}/{PASSES}, topic {index // BATCHES_PER_TOPIC}: "
-            f"{observer.steps} steps, PAR {observer.par(first, observer.steps):.3f}, "
+            f"{observer.steps} steps, PAR {par_text(observer.par(first, observer.steps))}, "
             f"{observer.commits()} rounds committed, {observer.total(Field.MOVED_ROWS)} slots moved"
         )
     return answers
@@ -182,8 +183,8 @@ def _table(outcome: Outcome) -> Table:
     table.add_row("rounds committed", str(outcome.rounds))
     table.add_row("slots moved", str(outcome.moved))
     table.add_row("bytes between ranks", f"{outcome.received / 2**20:.1f} MiB")
-    table.add_row("PAR before (no planner)", f"{outcome.par[0]:.3f}")
-    table.add_row("PAR after (last pass)", f"{outcome.par[-1]:.3f}")
+    table.add_row("PAR before (no planner)", par_text(outcome.par[0]))
+    table.add_row("PAR after (last pass)", par_text(outcome.par[-1]))
     for percent in (50, 99):
         value = float(np.percentile(spent, percent))
         share = value / period

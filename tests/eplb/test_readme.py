@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import tomllib
+from typer.main import get_command
 
-from flash_eplb.eplb.cli import SETTINGS_OF
+from flash_eplb.eplb.cli import SETTINGS_OF, app
 from flash_eplb.eplb.config import Config
 from flash_eplb.planners.par import par
 from flash_eplb.planners.policy import BUILT_IN, GROUP, choose_policy, make_policy
@@ -28,6 +29,11 @@ def test_the_table_of_settings_is_the_code_s():
             default = f"{default:g}"
         assert f"| `EPLB_{name.upper()}` | {default} | {field.description} |" in README
     assert len(table("## Settings")) == len(Config.model_fields)
+
+
+def test_the_table_of_commands_names_all():
+    shown = re.findall(r"^\| `eplb (\w+)` \|", README, re.M)
+    assert set(shown) == set(get_command(app).commands)
 
 
 def test_the_table_of_policies_names_ours_and_the_settings_that_they_take():

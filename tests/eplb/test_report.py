@@ -301,9 +301,7 @@ def test_without_plotly_it_says_what_to_install(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     said = refused(folder, "-o", tmp_path / "r.html")
-    assert said == (
-        "eplb: a page is drawn by plotly, which is not here: pip install 'flash-eplb[report]'"
-    )
+    assert said == ("eplb: a page is drawn by plotly, which is not here: pip install plotly")
     assert report(folder, "--trace", tmp_path / "t.json").exit_code == 0
 
 
