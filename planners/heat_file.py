@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from .recording import Counts, Recording, RecordingError, sum_episodes
 
 _FORMS = ".npy, .npz or .pt"
+_MOST = 2**53  # from there on float64 does not hold every whole number
 
 
 class HeatFile:
@@ -79,20 +81,30 @@ def _first_line(error: Exception) -> str:
 
 
 def _from_npy(path: Path, _: str) -> Any:
+    with open(path, "rb") as raw:  # numpy takes what it does not know for pickled objects
+        if raw.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+            raise RecordingError(f"{path} is no .npy file: write it with numpy.save")
     return np.load(path, allow_pickle=False)
 
 
 def _from_npz(path: Path, member: str) -> Any:
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-        names = [member] if member else file.files
-        if member and member not in file.files:
-            raise RecordingError(f"{path} has no array {member!r}; it has {', '.join(file.files)}")
-        if len(names) != 1:
-            raise RecordingError(
-                f"{path} holds {len(names)} arrays; name one as {path}:NAME "
-                f"({', '.join(names) or 'none'})"
-            )
-        return file[names[0]]
+    with open(path, "rb") as raw:
+        if not zipfile.is_zipfile(raw):
+            raise RecordingError(f"{path} is no .npz file, which is a zip archive; use numpy.savez")
+        raw.seek(0)
+        return _member(path, member, np.load(raw, allow_pickle=False))
+
+
+def _member(path: Path, member: str, file: Any) -> np.ndarray:
+    names = [member] if member else file.files
+    if member and member not in file.files:
+        raise RecordingError(f"{path} has no array {member!r}; it has {', '.join(file.files)}")
+    if len(names) != 1:
+        raise RecordingError(
+            f"{path} holds {len(names)} arrays; name one as {path}:NAME "
+            f"({', '.join(names) or 'none'})"
+        )
+    return file[names[0]]
 
 
 def _from_pt(path: Path, _: str) -> Any:
@@ -147,10 +159,11 @@ def _checked(path: Path, heat: np.ndarray) -> np.ndarray:
             f"{path} holds {heat.dtype} of shape {heat.shape}; it must be counts "
             "[steps, layers, experts]"
         )
-    low, high = heat.min(), heat.max()
-    if not (low >= 0 and high < 2**53):  # nan fails both
+    low, high = heat.min().item(), heat.max().item()  # 2**53 is more than float16 holds
+    if not (low >= 0 and high < _MOST):  # nan fails both
         raise RecordingError(
-            f"{path} holds counts from {low} to {high}; they must be finite and at least 0"
+            f"{path} holds counts from {low} to {high}; they must be finite, at least 0 and below "
+            "2**53"
         )
     if heat.dtype.kind == "f" and not (heat == np.floor(heat)).all():
         raise RecordingError(f"{path} holds shares, not counts; they must be whole")

@@ -238,6 +238,12 @@ def test_sglang_s_records_are_put_together_by_pass(tmp_path):
     assert heat == [[[3, 0, 0], [1, 0, 1]], [[5, 2, 3], [7, 6, 13]]]
 
 
+def test_half_precision_holds_counts(tmp_path):
+    np.save(tmp_path / "heat.npy", HEAT.astype(np.float16))
+    found = HeatFile(tmp_path / "heat.npy").counts()
+    assert [counts.heat.tolist() for counts in found] == HEAT.tolist()
+
+
 def test_totals_count_as_one_step(tmp_path):
     np.save(tmp_path / "heat.npy", HEAT[0])
     assert len(HeatFile(tmp_path / "heat.npy")) == 1
@@ -248,15 +254,32 @@ def test_totals_count_as_one_step(tmp_path):
     [
         ("a.npy", None, "is not there; give the folder of EPLB_RECORD or a .npy, .npz or .pt"),
         ("a.csv", b"1,2", "is neither the folder of a recording nor a .npy, .npz or .pt file"),
-        ("a.npy", b"", "cannot be read: "),
-        ("a.npz", b"PK", "cannot be read: "),
+        ("a.npy", b"", "is no .npy file: write it with numpy.save"),
+        ("a.npy", b"steps,layers", "is no .npy file: write it with numpy.save"),
+        ("a.npy", b"\x93NUMPY", "cannot be read: "),
+        ("a.npz", b"PK", "is no .npz file, which is a zip archive; use numpy.savez"),
+        ("a.npz", b"steps,layers", "is no .npz file, which is a zip archive; use numpy.savez"),
         ("a.pt", b"PK", "cannot be read: "),
         ("a.npy", np.array([object()]), "cannot be read: Object arrays cannot be loaded"),
         ("a.npy", HEAT[0, 0], "holds int64 of shape (3,); it must be counts [steps, layers"),
         ("a.npy", HEAT[:0], "holds int64 of shape (0, 2, 3); it must be counts"),
         ("a.npy", HEAT.astype(str), "holds <U21 of shape (4, 2, 3); it must be counts"),
-        ("a.npy", HEAT - 1, "holds counts from -1 to 22; they must be finite and at least 0"),
-        ("a.npy", HEAT * np.nan, "holds counts from nan to nan; they must be finite and at"),
+        (
+            "a.npy",
+            HEAT - 1,
+            "holds counts from -1 to 22; they must be finite, at least 0 and below 2**53",
+        ),
+        ("a.npy", HEAT * np.nan, "holds counts from nan to nan; they must be finite, at least 0"),
+        (
+            "a.npy",
+            HEAT.astype(np.uint64) + 2**63,
+            f"holds counts from {2**63} to {2**63 + 23}; they must be finite, at least 0 and below",
+        ),
+        (
+            "a.npy",
+            np.full((1, 1, 1), np.inf, np.float16),
+            "holds counts from inf to inf; they must be finite, at least 0 and below 2**53",
+        ),
         ("a.npy", HEAT / 2, "holds shares, not counts; they must be whole"),
         ("a.npz", {"x": HEAT, "y": HEAT}, "holds 2 arrays; name one as "),
         ("a.pt", {"x": 1}, "holds a dict; it must be a tensor, or a dump of SGLang"),
