@@ -198,9 +198,23 @@ def allowed(name: str) -> str:
 
 def source(name: str) -> str:
     """Where the effective value of setting `name` comes from."""
-    variable = PREFIX + name.upper()
-    found = next((key for key in os.environ if key.upper() == variable), None)
-    return f"environment ({found})" if found else "default"
+    found = _spellings().get(PREFIX + name.upper())
+    return f"environment ({found[-1]})" if found else "default"
+
+
+def _spellings() -> dict[str, list[str]]:
+    """Variables of the environment by their upper case; the last one of each counts."""
+    found: dict[str, list[str]] = {}
+    for key in os.environ:
+        found.setdefault(key.upper(), []).append(key)
+    return found
+
+
+def twice_set() -> list[str]:
+    """What to say of settings that the environment has in two spellings, a sentence for each."""
+    settings = (PREFIX + name.upper() for name in Config.model_fields)
+    several = (found for name in settings if len(found := _spellings().get(name, [])) > 1)
+    return [f"{' and '.join(found)} are one setting: {found[-1]} counts" for found in several]
 
 
 def unknown_variables() -> list[str]:

@@ -42,7 +42,7 @@ def register() -> None:
 def _balance() -> None:
     """Install the hooks that balance, if all settings are right and ask for them."""
     from ..kernel_cache import notice
-    from .config import ConfigError, load_config, unknown_variables
+    from .config import ConfigError, load_config, twice_set, unknown_variables
     from .logs import configure
 
     try:
@@ -54,6 +54,9 @@ def _balance() -> None:
     if unknown := unknown_variables():
         configure(config.log_level)
         log.warning("%s: no setting of flash_eplb, misspelt? see `eplb config`", ", ".join(unknown))
+    for text in twice_set():
+        configure(config.log_level)
+        log.warning("%s; unset the other", text)
     if not config.enabled:
         return
     configure(config.log_level)

@@ -50,6 +50,17 @@ def test_config_shows_every_setting_with_its_value_and_source(environment):
     assert result.stderr == "eplb: EPLB_SESSIN is no setting of ours: misspelt?\n"
 
 
+def test_config_says_which_of_two_spellings_counts(environment):
+    environment.setenv("EPLB_EFFORT", "fast")
+    environment.setenv("eplb_effort", "thorough")
+    result = eplb("config")
+    assert result.stderr == (
+        "eplb: EPLB_EFFORT and eplb_effort are one setting: eplb_effort counts; unset the other\n"
+    )
+    (effort,) = (line for line in result.stdout.splitlines() if " EPLB_EFFORT " in line)
+    assert " thorough " in effort
+
+
 @pytest.mark.parametrize(
     "command", [["config"], ["status"], ["planner"], ["clean", "--session", "a"]]
 )

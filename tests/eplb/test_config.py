@@ -6,6 +6,7 @@ from flash_eplb.eplb.config import (
     allowed,
     load_config,
     source,
+    twice_set,
     unknown_variables,
 )
 
@@ -197,6 +198,16 @@ def test_where_a_value_comes_from(environment):
     environment.setenv("eplb_verify", "0")
     assert source("verify") == "environment (eplb_verify)"
     assert load_config().verify is False
+
+
+@pytest.mark.parametrize("names", [("EPLB_EFFORT", "eplb_effort"), ("eplb_effort", "EPLB_EFFORT")])
+def test_of_two_spellings_the_one_that_counts_is_named(environment, names):
+    assert twice_set() == []
+    for name, value in zip(names, ("fast", "thorough"), strict=True):
+        environment.setenv(name, value)
+    assert load_config().effort == "thorough"
+    assert source("effort") == f"environment ({names[1]})"
+    assert twice_set() == [f"{names[0]} and {names[1]} are one setting: {names[1]} counts"]
 
 
 def test_misspelt_variables_are_found(environment):
