@@ -64,7 +64,7 @@ def record(
     if ending.error:
         fail(f"recording to -o {output} has stopped: {ending.error}")
     typer.echo(
-        f"{output}: {follower.steps} steps recorded, {follower.lost} lost, "
+        f"{output}: {follower.steps} steps recorded, {follower.lost} records lost, "
         f"{follower.unknown_epochs} epochs unknown, {follower.rounds} rounds; {why}"
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+
 from ..ipc.status import Field
 from .group import Group
 from .recorder import NoRecorder
@@ -17,7 +19,7 @@ class Follower:
     """What a process that only reads can know: heat, placements and how rounds went.
 
     Plans are known to their planner alone. An epoch that is over before the boards are looked at
-    stays unknown.
+    stays unknown. What was over before the first recorded step does not count.
 
     Args:
         group: the engine's ranks.
@@ -35,13 +37,16 @@ class Follower:
         self._known: set[int] = set()
         self._seen: set[int] = set()
         self._waiting: deque[StepHeat] = deque()
+        self._first: int | None = None
+        self._lost_before = 0
+        self._ended: list[np.ndarray] = []
         self.steps = 0
         self.rounds = 0
 
     @property
     def lost(self) -> int:
-        """Steps that were overwritten before they were read, or that a rank did not count."""
-        return self._group.unmatched
+        """Records of single ranks that were overwritten before they were read."""
+        return 0 if self._first is None else self._group.lost - self._lost_before
 
     @property
     def unknown_epochs(self) -> int:
@@ -50,21 +55,36 @@ class Follower:
 
     def look(self) -> None:
         """Read what has come since the last look; more often than rounds are committed."""
-        self._waiting += self._group.read_heat()
+        came = list(self._group.read_heat())
+        if came and self._first is None:
+            self._begin(came[0])
+        self._waiting += came
+        self._recorder.lost(self.lost)  # before a step that closes its chunk
         if self._group.ranks[0].status[Field.EPOCH] != self._epoch:
             self._read_boards()
         while self._waiting and self._is_ready(self._waiting[0]):
             self._record(self._waiting.popleft())
-        self._recorder.lost(self._group.lost)
-        ended = self._group.read_transfers()
-        self.rounds += int((ended["rank"] == 0).sum())
-        self._recorder.transfers(ended)
+        if len(ended := self._group.read_transfers()):
+            self._ended.append(ended)
+        if self._first is not None:
+            for ended in self._ended:
+                self._count(ended[ended["end_step"] >= self._first])
+            self._ended.clear()
 
     def end(self) -> None:
         """Look a last time; steps whose placement has not been seen wait no longer."""
         self.look()
         while self._waiting:
             self._record(self._waiting.popleft())
+
+    def _begin(self, step: StepHeat) -> None:
+        """This is the first step; the records that lack after it were not lost before it."""
+        self._first = step.step - step.span + 1
+        self._lost_before = max(0, self._group.lost - self._group.unmatched)
+
+    def _count(self, ended: np.ndarray) -> None:
+        self.rounds += int((ended["rank"] == 0).sum())
+        self._recorder.transfers(ended)
 
     def _is_ready(self, step: StepHeat) -> bool:
         """Whether its placement has been seen, or is waited for no longer."""

@@ -113,7 +113,7 @@ def test_it_sees_what_the_planner_beside_it_sees(session, engine, recording, tmp
     assert of(ours, "plans") == of(ours, "outcomes") == []
     assert len(of(theirs, "plans")) >= 1
     assert last == (
-        f"{tmp_path / 'seen'}: {engine.steps} steps recorded, 0 lost, "
+        f"{tmp_path / 'seen'}: {engine.steps} steps recorded, 0 records lost, "
         f"{len(unknown)} epochs unknown, {engine.epoch} rounds; ended by a signal"
     )
 
@@ -137,7 +137,9 @@ def test_it_ends_with_the_engine(session, engine, recording, tmp_path):
 def test_it_ends_after_the_seconds_that_it_was_given(recording):
     code, last, _ = recording("--seconds", "0.2").end()
     assert code == 0
-    assert last.endswith("0 steps recorded, 0 lost, 0 epochs unknown, 0 rounds; the time is over")
+    assert last.endswith(
+        "0 steps recorded, 0 records lost, 0 epochs unknown, 0 rounds; the time is over"
+    )
 
 
 def test_a_recorder_that_is_killed_disturbs_nobody(session, engine, recording):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from planner_runs import SKEWED
 
+from flash_eplb.ipc.round_log import Transfer
 from flash_eplb.planners import follower as follower_module
 from flash_eplb.planners.follower import Follower
 from flash_eplb.planners.group import Group
@@ -13,6 +14,10 @@ class Told(NoRecorder):
 
     def __init__(self):
         self.calls = []
+        self.lost_so_far = 0
+
+    def lost(self, records):
+        self.lost_so_far = records
 
     def step(self, step):
         self.calls.append(("step", step.step, step.epoch))
@@ -104,6 +109,35 @@ def test_steps_that_the_ring_has_overwritten_are_lost(engine, follower):
     follower.look()
     assert follower.lost == 10
     assert follower.steps == engine.shape.ring_slots + 1
+
+
+def test_what_was_overwritten_before_the_first_look_was_never_there(engine, follower):
+    for _ in range(engine.shape.ring_slots + 10):
+        engine.step(SKEWED)
+    follower.look()
+    assert (follower.lost, follower._recorder.lost_so_far) == (0, 0)
+    for _ in range(engine.shape.ring_slots + 3):
+        engine.step(SKEWED)
+    follower.look()
+    assert (follower.lost, follower._recorder.lost_so_far) == (3, 3)
+
+
+def end_round(engine, sequence):
+    """A round ends on all ranks at the step that was the last."""
+    for rank in engine.ranks:
+        rank.rounds.add(Transfer(1, 1, sequence, *[engine.steps] * 10))
+
+
+def test_rounds_count_from_the_first_recorded_step_on(engine, follower):
+    engine.steps = 7  # of the engine, before its ring holds one
+    end_round(engine, 1)
+    follower.look()
+    assert (told(follower), follower.rounds) == ([("placement", 0)], 0)
+    engine.step(SKEWED)
+    end_round(engine, 2)
+    follower.look()
+    assert follower.rounds == 1
+    assert told(follower) == [("step", 8, 0), ("transfer", 2, 0), ("transfer", 2, 1)]
 
 
 def test_it_cannot_write(follower):
