@@ -17,7 +17,14 @@ log = logging.getLogger("flash_eplb.worker")
 
 _LOOK_EVERY = 2.0
 _GRACE = 10.0
-_SPAWN_EVERY = 10.0
+_SPAWN_AFTER = (10.0, 300.0)
+"""Seconds from one start of a planner to the next: at first, and at most where they end at once."""
+
+_STEADY = 60.0
+"""Seconds for which a planner has lived that did not end at once."""
+
+_USELESS = 2
+"""Exit code of a planner whose settings, policy or files cannot be used: so it is for the next."""
 
 
 class PlannerWatch:
@@ -31,7 +38,9 @@ class PlannerWatch:
         self._silent = False
         self._begin = time.monotonic()
         self._next_look = 0.0
-        self._next_spawn = 0.0
+        self._next_spawn = self._spawned = 0.0
+        self._pause = _SPAWN_AFTER[0]
+        self._may_spawn = config.spawn_planner
         self._process: subprocess.Popen[bytes] | None = None
 
     def look(self) -> None:
@@ -47,7 +56,7 @@ class PlannerWatch:
             log.debug("no planner of ours: %s", error)
         if alive and not self._alive:
             log.info("a planner serves session %r", self._config.session)
-        elif not alive and self._config.spawn_planner:
+        elif not alive and self._may_spawn:
             self._spawn(now)
         elif not alive and self._alive is not False:
             if self._alive is None and now - self._begin < _GRACE:
@@ -74,14 +83,15 @@ class PlannerWatch:
         self._doubted = bool(why)
 
     def _spawn(self, now: float) -> None:
-        """Start a planner, at most one every ten seconds; it ends with the workers."""
-        if now < self._next_spawn or (self._process and self._process.poll() is None):
+        """Start a planner, each later than the last if they do not live; it ends with the
+        workers."""
+        if self._process is not None and not self._has_ended(self._process, now):
             return
-        self._next_spawn = now + _SPAWN_EVERY
-        if self._process is not None:
-            log.warning(
-                "the planner ended with exit code %s; starting another", self._process.returncode
-            )
+        self._process = None
+        if not self._may_spawn or now < self._next_spawn:
+            return
+        self._spawned, self._next_spawn = now, now + self._pause
+        self._pause = min(2 * self._pause, _SPAWN_AFTER[1])
         command = [sys.executable, "-m", "flash_eplb.eplb.cli", "planner", "--exit-with-engine"]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -91,6 +101,31 @@ class PlannerWatch:
             os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
         except OSError as error:
             log.warning("the planner could not be started as it should be: %s", error)
+
+    def _has_ended(self, process: subprocess.Popen[bytes], now: float) -> bool:
+        """Whether the planner has, and what follows from how."""
+        code = process.poll()
+        if code is None:
+            return False
+        if code == _USELESS:
+            self._may_spawn = False
+            log.error(
+                "the planner ended with exit code 2: its settings, policy or files cannot be used, "
+                "as it has said; no planner serves session %r, experts stay where they are: put "
+                "that right and restart the engine, or start one with `EPLB_SESSION=%s eplb "
+                "planner`",
+                self._config.session,
+                self._config.session,
+            )
+            return True
+        if now - self._spawned >= _STEADY:
+            self._pause, self._next_spawn = _SPAWN_AFTER[0], now
+        log.warning(
+            "the planner ended with exit code %s; another is started in %.0f s",
+            code,
+            max(0.0, self._next_spawn - now),
+        )
+        return True
 
     def close(self) -> None:
         """End the planner that was spawned here, if any."""

@@ -215,20 +215,57 @@ def test_a_planner_is_started_at_once_and_only_one(world, spawned, caplog):
     watch.close()
 
 
-def test_a_planner_that_ended_is_replaced_every_ten_seconds_at_most(world, spawned, caplog):
+def end(process, code):
+    """Let the planner end as if with `code`."""
+    process.kill()
+    process.wait()
+    process.returncode = code
+
+
+def test_planners_that_end_at_once_are_replaced_ever_later(world, spawned, caplog):
     watch = PlannerWatch(load_config(spawn_planner=True))
-    for number in range(1, 4):
+    for number, pause in enumerate((10, 20, 40, 80, 160, 300, 300), 1):
         watch.look()
         assert len(spawned) == number
-        process = spawned[-1][2]
-        process.kill()
-        process.wait()
-        looks(watch, world, 9.5)
+        end(spawned[-1][2], -9)
+        looks(watch, world, pause - 0.5)
         assert len(spawned) == number
+        assert [record.getMessage() for record in caplog.records] == [
+            f"the planner ended with exit code -9; another is started in {pause - 2} s"
+        ]
+        caplog.clear()
         world.now += 2
-    assert [record.getMessage() for record in caplog.records] == [
-        "the planner ended with exit code -9; starting another"
-    ] * 2
+    watch.close()
+
+
+def test_a_planner_that_has_lived_is_replaced_at_once(world, spawned, caplog):
+    watch = PlannerWatch(load_config(spawn_planner=True))
+    watch.look()
+    for number in range(1, 4):
+        looks(watch, world, 70)
+        assert len(spawned) == number
+        end(spawned[-1][2], 1)
+        looks(watch, world, 2.5)
+        assert len(spawned) == number + 1
+        assert said(caplog) == ["WARNING: the planner ended with"]
+    watch.close()
+
+
+def test_a_planner_that_can_use_nothing_is_not_started_again(world, spawned, caplog):
+    watch = PlannerWatch(load_config(spawn_planner=True, session="a"))
+    watch.look()
+    end(spawned[0][2], 2)
+    looks(watch, world, 1000)
+    assert len(spawned) == 1
+    (text,) = caplog.messages
+    assert text.startswith("the planner ended with exit code 2: its settings, policy or files ")
+    assert text.endswith("or start one with `EPLB_SESSION=a eplb planner`")
+    assert said(caplog) == ["ERROR: the planner ended with"]
+    world.planner = True  # somebody has started one
+    looks(watch, world, 10)
+    world.planner = False
+    looks(watch, world, 100)
+    assert said(caplog) == SERVED + MISSING
     watch.close()
 
 
