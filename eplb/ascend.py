@@ -17,7 +17,7 @@ from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
 from .runners import Flag, follow_warm_up
-from .support import may_sleep, unsupported_anywhere
+from .support import unsupported_anywhere, unsupported_use
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def missing_names(module: Any) -> list[str]:
 
 
 def unsupported_group(
-    parallel_config: Any, ascend_config: Any = None, pools: bool = False, sleeps: bool = False
+    parallel_config: Any, ascend_config: Any = None, pools: bool = False, use: str = ""
 ) -> str:
     """Why a group of vLLM-Ascend's cannot be balanced, whatever its layers; "" if it can.
 
@@ -192,7 +192,7 @@ def unsupported_group(
         parallel_config: vLLM's; None if it is not known here.
         ascend_config: vLLM-Ascend's; None if it is not known here.
         pools: whether the model pools and does not generate, on model runner V1.
-        sleeps: whether vLLM may put the model to sleep.
+        use: what `unsupported_use` says.
     """
     if pools:
         return POOLING
@@ -209,7 +209,7 @@ def unsupported_group(
             f"{parallel_config.pipeline_parallel_size}): one planner for the groups of several "
             "stages is not supported yet"
         )
-    return unsupported_anywhere(parallel_config, sleeps)
+    return unsupported_anywhere(parallel_config, use)
 
 
 def unsupported_layers(adaptor: Any) -> str:
@@ -274,7 +274,7 @@ def follow_runner(runner_class: type) -> None:
     wrap_once(runner_class, "_dummy_run", dummy)
 
 
-def _configs() -> tuple[Any, Any, bool, bool]:
+def _configs() -> tuple[Any, Any, bool, str]:
     """The arguments of `unsupported_group`, so far as they are known here."""
     from vllm.config import get_current_vllm_config_or_none
 
@@ -285,7 +285,7 @@ def _configs() -> tuple[Any, Any, bool, bool]:
         getattr(config, "parallel_config", None),
         None if module is None else module.get_ascend_config(),
         getattr(model, "runner_type", None) == "pooling",
-        may_sleep(config),
+        unsupported_use(config),
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import balanced
 from .ascend import WORKER, unsupported_group
 from .runners import follow_runner_v2, follow_warm_up
-from .support import may_sleep
+from .support import unsupported_use
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def reason(parallel_config: Any = None, *args: Any, **kwargs: Any) -> str:
         return f"this version of vLLM-Ascend has no {ROUTING}.{BUILD_TABLE}"
     from vllm.config import get_current_vllm_config_or_none
 
-    return unsupported_group(parallel_config, sleeps=may_sleep(get_current_vllm_config_or_none()))
+    use = unsupported_use(get_current_vllm_config_or_none())
+    return unsupported_group(parallel_config, use=use)
 
 
 def unrouted(states: list[Any]) -> str:

@@ -7,9 +7,11 @@ experts moved without them, tokens would be wrong and nothing would say so.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..loaders.staging import Stack
@@ -24,11 +26,15 @@ SHARED = {
 }
 """Names by which vLLM's layers hold what is equal for all of a rank's experts."""
 
+_LIBRARIES = ("vllm", "vllm_ascend", "compressed_tensors", "triton_kernels")
+
 _DEEPEST = 6  # from a layer to the tensors of its kernel's quantisation config
 
 
 def left_behind(layer: Any, moved: Sequence[Stack], slots: int) -> str:
     """Name of the first tensor of `layer` that has a row per slot and is not moved; "" if none.
+
+    A list of one tensor, or one float, per slot is such a tensor, too.
 
     Args:
         layer: vLLM's layer of routed experts.
@@ -36,15 +42,13 @@ def left_behind(layer: Any, moved: Sequence[Stack], slots: int) -> str:
         slots: experts on a rank.
     """
     rows = Ranges(row for stack in moved for row in stack)
-    for name, tensor in _tensors(layer, "", {id(layer)}, _DEEPEST):
-        if (
-            tensor.dim() > 0
-            and tensor.shape[0] == slots
-            and tensor.stride(0) != 0
-            and name.rpartition(".")[2] not in SHARED
-            and not rows.hold(tensor)
-            and not _are_rows_equal(tensor)
-        ):
+    for name, stack in _stacks(layer, slots):
+        if isinstance(stack, list):
+            stays = all(rows.hold(row) for row in stack) or _are_alike(stack)
+        else:
+            shared = stack.stride(0) == 0 or name.rpartition(".")[2] in SHARED
+            stays = shared or rows.hold(stack) or _are_rows_equal(stack)
+        if not stays:
             return name
     return ""
 
@@ -54,17 +58,41 @@ def _are_rows_equal(tensor: torch.Tensor) -> bool:
     return len(tensor) > 1 and bool((tensor == tensor[:1]).all())
 
 
-def _tensors(
-    owner: Any, path: str, seen: set[int], depth: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all tensors in `owner` and in the parts of vLLM it is made of."""
-    for name, value in _attributes(owner):
-        where = f"{path}.{name}" if path else name
-        if isinstance(value, torch.Tensor):
-            yield where, value
-        elif depth and id(value) not in seen and _is_a_part(value):
-            seen.add(id(value))
-            yield from _tensors(value, where, seen, depth - 1)
+def _are_alike(tensors: list[torch.Tensor]) -> bool:
+    return len(tensors) > 1 and all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+
+
+def _stacks(layer: Any, slots: int) -> Iterator[tuple[str, torch.Tensor | list[torch.Tensor]]]:
+    """(name, stack) of all that has a row for each of `slots` in `layer` and in its parts."""
+    seen, waiting = {id(layer)}, deque([("", layer, _DEEPEST)])
+    while waiting:  # a part is looked into from the shortest way to it: as deep as can be
+        path, owner, depth = waiting.popleft()
+        for name, value in _attributes(owner):
+            where = f"{path}.{name}" if path else name
+            if (stack := _stack(value, slots)) is not None:
+                yield where, stack
+            elif depth and id(value) not in seen and _is_a_part(value):
+                seen.add(id(value))
+                waiting.append((where, value, depth - 1))
+
+
+def _stack(value: Any, slots: int) -> torch.Tensor | list[torch.Tensor] | None:
+    """`value` if it has a row for each of `slots`, else None.
+
+    Numbers that are not floats are sizes as often as anything, and say nothing of an expert.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(np.array(value))
+    if isinstance(value, torch.Tensor):
+        return value if value.dim() > 0 and len(value) == slots else None
+    if not isinstance(value, (list, tuple)) or len(value) != slots:
+        return None
+    if all(isinstance(number, float) for number in value):
+        return torch.tensor(value)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in value):
+        return None
+    are_like = all(tensor.shape == value[0].shape for tensor in value) and value[0].dim() > 0
+    return list(value) if are_like else None
 
 
 def _attributes(owner: Any) -> list[tuple[str, Any]]:
@@ -82,8 +110,10 @@ def _attributes(owner: Any) -> list[tuple[str, Any]]:
 
 def _is_a_part(value: Any) -> bool:
     """Whether to look into it: containers, modules and what vLLM or its plug-ins define."""
-    if isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__")):
+    if isinstance(value, (type, torch.Tensor)) or (
+        callable(value) and not hasattr(value, "__dict__")
+    ):
         return False
     if isinstance(value, (Mapping, list, tuple, torch.nn.Module)):
         return True
-    return type(value).__module__.partition(".")[0] in ("vllm", "vllm_ascend", "compressed_tensors")
+    return type(value).__module__.partition(".")[0] in _LIBRARIES

@@ -1,4 +1,4 @@
-"""Forms of expert tensors: alike in all slots of all ranks, or nothing may move.
+"""Forms of expert tensors: alike in all slots of all ranks and each by itself, or nothing may move.
 
 An expert travels as the bytes of its tensors in the order of memory. Where a tensor is of another
 type, shape or order of dimensions, the same bytes are other weights, and their digest is the same.
@@ -6,12 +6,14 @@ type, shape or order of dimensions, the same bytes are other weights, and their 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import xxhash
 
 from ..loaders.staging import Stack, slot_forms
 from .group import Group, UnsupportedError
+from .ranges import range_of
 
 _WHY = "experts travel as bytes, which are other weights there; load all experts in one layout"
 
@@ -30,10 +32,28 @@ def agree_on_forms(group: Group, weights: Sequence[Sequence[Stack]]) -> None:
     """
     mine: list[list[str]] = []
     group.together(lambda: mine.extend(_of_layer(*pair) for pair in enumerate(weights)))
+    group.together(lambda: _check_apart(weights))
     digests = group.gather([xxhash.xxh3_64_intdigest(repr(layer).encode()) for layer in mine])
     for number, layer in enumerate(mine):
         if any(theirs[number] != digests[0][number] for theirs in digests):
             raise UnsupportedError(_difference(number, group.gather(layer)))
+
+
+def _check_apart(weights: Sequence[Sequence[Stack]]) -> None:
+    """UnsupportedError if two slots lie in the same memory: a write to one changes both."""
+    rows = sorted(
+        (*range_of(row), f"layer {layer} tensor {tensor} slot {slot}")
+        for layer, stacks in enumerate(weights)
+        for tensor, stack in enumerate(stacks)
+        for slot, row in enumerate(stack)
+        if row.numel()
+    )
+    for (_, end, one), (start, _, other) in itertools.pairwise(rows):
+        if start < end:
+            raise UnsupportedError(
+                f"{one} and {other} lie in the same memory: an expert that moves to one would "
+                "change the other, too"
+            )
 
 
 def _of_layer(number: int, layer: Sequence[Stack]) -> list[str]:

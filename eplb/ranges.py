@@ -17,7 +17,7 @@ class Ranges:
     def __init__(self, tensors: Iterable[torch.Tensor]):
         self._starts: list[int] = []
         self._ends: list[int] = []
-        for start, end in sorted(_range(tensor) for tensor in tensors if tensor.numel()):
+        for start, end in sorted(range_of(tensor) for tensor in tensors if tensor.numel()):
             if self._ends and start <= self._ends[-1]:
                 self._ends[-1] = max(self._ends[-1], end)
             else:
@@ -40,7 +40,8 @@ class Ranges:
         return all(self._hold(start + step * index, inner, size) for index in range(count))
 
 
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
+def range_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of its first byte and behind its last one."""
     start = tensor.data_ptr()
     return start, start + _length(_dimensions(tensor), tensor.element_size())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from ..loaders.staging import Stack, slot_views
 from .derived import left_behind
@@ -13,7 +16,7 @@ def unsupported_mode(
     device_type: str,
     uses_runner_v2: bool,
     pools: bool = False,
-    sleeps: bool = False,
+    use: str = "",
 ) -> str:
     """Why a group of this configuration cannot be balanced; empty if it can.
 
@@ -24,7 +27,7 @@ def unsupported_mode(
         device_type: "cpu", "cuda", ...
         uses_runner_v2: whether vLLM's model runner V2 runs the model.
         pools: whether the model pools and does not generate.
-        sleeps: whether vLLM may put the model to sleep.
+        use: what `unsupported_use` says.
     """
     ranks = parallel_config.tensor_parallel_size * parallel_config.data_parallel_size
     if device_type not in ("cpu", "cuda"):
@@ -41,7 +44,7 @@ def unsupported_mode(
         )
     if pools and not uses_runner_v2:
         return "a pooling model: model runner V1 does not step after its passes"
-    if reason := unsupported_anywhere(parallel_config, sleeps):
+    if reason := unsupported_anywhere(parallel_config, use):
         return reason
     if (prefill := getattr(parallel_config, "prefill_context_parallel_size", 1)) > 1:
         return (
@@ -61,10 +64,10 @@ def unsupported_mode(
     return ""
 
 
-def unsupported_anywhere(parallel_config: Any, sleeps: bool = False) -> str:
+def unsupported_anywhere(parallel_config: Any, use: str = "") -> str:
     """What of a configuration cannot be balanced, whatever vLLM runs on; empty if nothing."""
-    if sleeps:
-        return "sleep mode (enable_sleep_mode): it takes the weights away while we look at them"
+    if use:
+        return use
     if getattr(parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
     if getattr(parallel_config, "use_ubatching", False):
@@ -72,10 +75,17 @@ def unsupported_anywhere(parallel_config: Any, sleeps: bool = False) -> str:
     return ""
 
 
-def may_sleep(vllm_config: Any) -> bool:
-    """Whether the engine may be put to sleep; `vllm_config` may be None."""
+def unsupported_use(vllm_config: Any) -> str:
+    """What an engine is to be used for that cannot be balanced; empty if nothing, or None."""
     model = getattr(vllm_config, "model_config", None)
-    return bool(getattr(model, "enable_sleep_mode", False))
+    if getattr(model, "enable_sleep_mode", False):
+        return "sleep mode (enable_sleep_mode): it takes the weights away while we look at them"
+    if getattr(vllm_config, "lora_config", None) is not None:
+        return (
+            "LoRA (enable_lora): adapters of experts lie by slot and would stay behind when "
+            "experts move; serve without adapters, or merge them into the weights"
+        )
+    return ""
 
 
 def unsupported_model(states: list[Any], ranks: int) -> str:
@@ -93,6 +103,8 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                 "an expert twice; lower num_redundant_experts"
             )
         for layer, tensors in enumerate(state.model.expert_weights):
+            if not len(tensors):
+                return f"{state.model_name}: vLLM hands out no expert tensor of layer {layer}"
             for tensor in tensors:
                 if len(tensor) != physical // ranks or not _travels(tensor):
                     return (
@@ -107,6 +119,11 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                     "not dispatch by itself): it counts every token once per DP rank"
                 )
             held = getattr(layer, "routed_experts", layer)
+            for name, kind in _wrapped(held):
+                return (
+                    f"{state.model_name}: {name} of MoE layer {number} is a {kind}: the kernel "
+                    "keeps weights in a way that cannot be moved; choose another MoE backend"
+                )
             moved = state.model.expert_weights[number]
             if name := left_behind(held, moved, physical // ranks):
                 return (
@@ -114,6 +131,14 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
                     "and vLLM does not hand it out: it would stay behind when experts move"
                 )
     return ""
+
+
+def _wrapped(layer: Any) -> Iterator[tuple[str, str]]:
+    """(name, kind) of the weights of a layer that are objects of a kernel's library."""
+    for name in ("w13_weight", "w2_weight"):
+        value = getattr(layer, name, None)
+        if value is not None and not isinstance(value, (torch.Tensor, list, tuple)):
+            yield name, f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _travels(stack: Stack) -> bool:

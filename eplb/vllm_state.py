@@ -28,7 +28,7 @@ from .hooks import call_before
 from .phases import phase_of, show_batches
 from .probe import probe
 from .runners import follow_runner_v2, follow_warm_up
-from .support import may_sleep, unsupported_mode, unsupported_model
+from .support import unsupported_mode, unsupported_model, unsupported_use
 from .updates import follow_updates
 
 if TYPE_CHECKING:
@@ -214,5 +214,6 @@ def _reason(*args: Any, **kwargs: Any) -> str:
     runner_v2 = vllm_config is not None and vllm_config.use_v2_model_runner
     model = getattr(vllm_config, "model_config", None)
     pools = getattr(model, "runner_type", "") == "pooling"
-    mode = unsupported_mode(parallel_config, device.type, runner_v2, pools, may_sleep(vllm_config))
+    use = unsupported_use(vllm_config)
+    mode = unsupported_mode(parallel_config, device.type, runner_v2, pools, use)
     return mode or probe(V2 if runner_v2 else V1)

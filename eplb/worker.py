@@ -278,7 +278,9 @@ class Worker:
             transport = make_transport(
                 kind, engine, store, group.rank, group.ranks, config.transfer_timeout
             )
-            return Stager(engine.weights, staging, transport, group.rank, reference)
+            return Stager(
+                engine.weights, staging, transport, group.rank, reference, engine.replaced
+            )
 
         self._stagers = StagerPool(make_stager, group.rank, shape.staging_rows)
         self._collector = HeatCollector(

@@ -61,6 +61,10 @@ class AscendEngine:
                 values.append(torch.from_numpy(part).to(like.device, like.dtype))
         return live, values
 
+    def replaced(self, layer: int) -> str:
+        """See `engine.Engine`: it cannot tell."""
+        return ""
+
 
 class AscendV2Engine(VllmEngine):
     """Runner V2: vLLM's state, whose layers route by a table of their own.

@@ -58,3 +58,8 @@ class Engine(Protocol):
             (parts of the live tables, the values that they get), one for one.
         """
         ...
+
+    def replaced(self, layer: int) -> str:
+        """Name of a tensor of the layer that the engine computes with and that no longer is in the
+        memory of `weights`; "" if there is none, or it cannot tell. From a stager's thread."""
+        ...

@@ -124,6 +124,10 @@ class MoeEngine:
         for live, value in zip(*self.tables(np.arange(shape.layers), self.placement), strict=True):
             live.copy_(value)
 
+    def replaced(self, layer: int) -> str:
+        """See `engine.Engine`: nobody replaces them."""
+        return ""
+
     def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ class Stager:
         rank: EP rank.
         reference: int64 [layers, experts], digests; None to verify nothing. Its owner may write
             other digests into it while the stager is idle.
+        replaced: see `Engine.replaced`.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class Stager:
         transport: Transport,
         rank: int,
         reference: np.ndarray | None,
+        replaced: Callable[[int], str] = lambda layer: "",
     ):
         self._weights = weights
         self._staging = staging
         self._transport = transport
         self._rank = rank
         self._reference = reference
+        self._replaced = replaced
         self._device = device_of(first_tensor(weights))
         self._errands: queue.SimpleQueue[tuple[Errand, Event | None] | None] = queue.SimpleQueue()
         self.result: Result | None = None
@@ -137,6 +141,7 @@ class Stager:
 
     def _look(self, beat: Beat) -> None:
         """ChangedError if the weights in a slot are not those of its expert at the start."""
+        self._check_memory(beat.layer)
         views = slot_views(self._weights[beat.layer], beat.slot)
         if wrong := self._wrong(views, beat.layer, beat.expert):
             raise ChangedError(
@@ -150,6 +155,8 @@ class Stager:
             return Result(errand.identity)
         self._transport.connect(errand.transport_epoch)
         moves, mine = errand.moves, my_rows(errand.moves, self._rank)
+        for layer in np.unique(moves["layer"]).tolist():
+            self._check_memory(layer)
         rows = [
             self._staging.views(row, int(moves[number]["layer"]))
             for row, number in zip(errand.rows, mine, strict=True)
@@ -185,6 +192,11 @@ class Stager:
             live, staged = live + parts, staged + values
         received = sum(view.nbytes for parcel in arriving for view in parcel.views)
         return Result(errand.identity, received_bytes=received, copies=Copies(live, staged))
+
+    def _check_memory(self, layer: int) -> None:
+        """ChangedError if the engine computes with other memory than `weights`."""
+        if self._reference is not None and (name := self._replaced(layer)):
+            raise ChangedError(f"layer {layer}: {name} is in other memory than at the start")
 
     def _source(self, move: np.void) -> list[torch.Tensor]:
         return slot_views(self._weights[int(move["layer"])], int(move["source_slot"]))

@@ -39,6 +39,7 @@ class VllmEngine:
         ]
         moved = [(getattr(state, "communicator", None), layer) for state, layer in self._where]
         self.communicators: list[tuple[Any, int]] = moved if all(c for c, _ in moved) else []
+        self._lying = [_lying(*pair) for state in model_states for pair in _layers(state.model)]
         maps = [state.physical_to_logical_map.cpu().numpy() for state in model_states]
         physical = np.concatenate(maps).astype(np.int32)
         self.placement = physical.reshape(len(physical), ranks, -1)
@@ -50,6 +51,14 @@ class VllmEngine:
         for state, _ in self._where:
             names.setdefault(id(state), [state.model_name, 0])[1] += 1
         return [(str(name), count) for name, count in names.values()]
+
+    def replaced(self, layer: int) -> str:
+        """See `engine.Engine`: a parameter that got other memory (`data`, `register_parameter`)."""
+        for module, name, address in self._lying[layer]:
+            tensor = getattr(module, name, None)
+            if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() != address:
+                return name
+        return ""
 
     def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None = None
@@ -72,3 +81,25 @@ class VllmEngine:
             flat = placement[number].ravel().astype(np.int64)
             values += [torch.from_numpy(part).to(counts.device) for part in (table, wanted, flat)]
         return live, values
+
+
+def _layers(model: Any) -> list[tuple[Any, list[Stack]]]:
+    """(vLLM's layer of routed experts, None if it is not known; what it has handed out)."""
+    layers = list(getattr(model, "moe_layers", ()))
+    if len(layers) != len(model.expert_weights):
+        layers = [None] * len(model.expert_weights)
+    held = [getattr(layer, "routed_experts", layer) for layer in layers]
+    return list(zip(held, map(list, model.expert_weights), strict=True))
+
+
+def _lying(layer: Any, handed_out: list[Stack]) -> list[tuple[Any, str, int]]:
+    """(owner, name, address) of the layer's own parameters that begin where a stack does."""
+    if not isinstance(layer, torch.nn.Module):
+        return []
+    starts = {stack[0].data_ptr() for stack in handed_out if len(stack)}
+    return [
+        (module, name, parameter.data_ptr())
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.data_ptr() in starts
+    ]

@@ -59,6 +59,10 @@ class RowEngine:
         self.loads: list[Any] = []
         self.columns = Columns(placement.shape)
 
+    def replaced(self, layer: int) -> str:
+        """See `Engine`: nobody replaces them."""
+        return ""
+
     def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
     ) -> tuple[list[Any], list[Any]]:

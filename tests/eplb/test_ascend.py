@@ -140,7 +140,7 @@ def test_groups_that_cannot_be_balanced_are_refused_by_name(changes, reason):
     mixed = SimpleNamespace(mix_placement=True)
     assert "mix_placement" in ascend.unsupported_group(SimpleNamespace(**fine), mixed)
     assert "a pooling model" in ascend.unsupported_group(SimpleNamespace(**fine), pools=True)
-    assert "sleep mode" in ascend.unsupported_group(SimpleNamespace(**fine), sleeps=True)
+    assert "sleep mode" in ascend.unsupported_group(SimpleNamespace(**fine), use="sleep mode")
 
 
 def layer(ranks=2, **changes):

@@ -3,6 +3,7 @@
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,52 @@ def test_what_all_experts_share_may_stay():
     assert left_behind(layer, layer.moved(), SLOTS) == ""
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [torch.full((6, 5), float(slot)) for slot in range(SLOTS)],
+        tuple(0.5 * slot for slot in range(SLOTS)),
+        np.arange(SLOTS, dtype=np.float32),
+    ],
+    ids=["tensors", "floats", "array"],
+)
+def test_what_is_kept_in_a_list_or_an_array_for_each_expert_is_found(kept):
+    layer = Layer()
+    layer.kept = kept
+    assert left_behind(layer, layer.moved(), SLOTS) == "kept"
+    layer.kept = type(kept)([kept[0]] * SLOTS) if not isinstance(kept, np.ndarray) else kept * 0
+    assert left_behind(layer, layer.moved(), SLOTS) == ""
+
+
+def test_lists_of_rows_that_move_and_of_sizes_are_no_reason_to_refuse():
+    layer = Layer()
+    layer.w13_weight_list = list(layer.w13_weight)
+    layer.shape, layer.some = (4, 8, 16, 32), [torch.zeros(size) for size in range(SLOTS)]
+    assert left_behind(layer, layer.moved(), SLOTS) == ""
+
+
+def test_tensors_in_objects_of_a_kernels_library_are_found():
+    wrapped = type("Tensor", (), {"__module__": "triton_kernels.tensor"})()
+    wrapped.storage = Part(data=torch.rand(SLOTS, 16))
+    layer = Layer()
+    layer.quant_method = Part(config=wrapped)
+    assert left_behind(layer, layer.moved(), SLOTS) == "quant_method.config.storage.data"
+
+
+def test_a_part_is_looked_into_from_the_shortest_way_to_it():
+    kernel = Part(experts=Part(quant_config=Part(_w1=Part(scale=torch.arange(SLOTS)))))
+    ways = {
+        "long": Part(context=Part(layers=[Part(owner=Part(kernel=kernel))])),
+        "short": Part(kernel=kernel),
+    }
+    for order in (("long", "short"), ("short", "long")):
+        layer = Layer()
+        for name in order:
+            setattr(layer, name, ways[name])
+        name = left_behind(layer, layer.moved(), SLOTS)
+        assert name == "short.kernel.experts.quant_config._w1.scale"
+
+
 def test_rings_of_objects_end():
     layer = Layer()
     first, second = Part(), Part()
@@ -148,6 +195,18 @@ def test_a_model_with_such_a_tensor_is_refused_by_name():
         ),
     )
     assert unsupported_model([state], ranks=2) == ""
+    wrapped = type("Tensor", (), {"__module__": "triton_kernels.tensor"})()
+    layers[0].quant_method, weight = Part(), layers[0].w13_weight
+    del layers[0].w13_weight
+    layers[0].w13_weight = wrapped
+    assert unsupported_model([state], ranks=2) == (
+        "m: w13_weight of MoE layer 0 is a triton_kernels.tensor.Tensor: the kernel keeps weights "
+        "in a way that cannot be moved; choose another MoE backend"
+    )
+    layers[0].w13_weight = weight
+    state.model.expert_weights[0], kept = [], state.model.expert_weights[0]
+    assert unsupported_model([state], ranks=2) == "m: vLLM hands out no expert tensor of layer 0"
+    state.model.expert_weights[0] = kept
     layers[1].quant_method = Part(g1_alphas=torch.arange(SLOTS))
     assert unsupported_model([state], ranks=2) == (
         "m: quant_method.g1_alphas of MoE layer 1 has a row for each expert and vLLM does not hand "

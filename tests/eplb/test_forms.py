@@ -1,5 +1,6 @@
 """Expert tensors that are not held alike: as bytes they would be other weights."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -82,3 +83,24 @@ def test_what_is_held_alike_balances(start):
 def test_the_stride_of_a_single_row_means_nothing(start):
     narrow = [tensor[:1] for tensor in held()]
     assert start([narrow], [[tensor.as_strided((1, 3), (7, 1)) for tensor in narrow]]) == ""
+
+
+def test_layers_that_share_memory_do_not_balance(session):
+    group = Workers(session)
+    for engine in group.engines:
+        engine.weights[1] = engine.weights[0]
+    group.step()
+    (reason,) = {worker.refused for worker in group.workers}
+    group.close()
+    assert re.fullmatch(
+        r"EP rank 0: layer 0 tensor (\d) slot 0 and layer 1 tensor \1 slot 0 lie in the same "
+        "memory: an expert that moves to one would change the other, too",
+        reason,
+    )
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_rows_that_overlap_do_not_balance(start, step):
+    stack = torch.arange(40.0).as_strided((3, 10), (step, 1))
+    reason = start([stack], [stack])
+    assert "tensor 0 slot 0 and layer 1 tensor 0 slot 1 lie in the same memory" in reason

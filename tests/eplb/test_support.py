@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_eplb.eplb.support import unsupported_mode, unsupported_model
+from flash_eplb.eplb.support import unsupported_mode, unsupported_model, unsupported_use
 
 
 def config(**changes):
@@ -57,8 +57,19 @@ def test_pipeline_stages_are_refused_with_the_reason_of_the_runner():
 
 
 def test_sleep_mode_is_refused_by_name():
-    reason = unsupported_mode(config(), "cuda", True, sleeps=True)
+    use = unsupported_use(SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True)))
+    reason = unsupported_mode(config(), "cuda", True, use=use)
     assert reason.startswith("sleep mode (enable_sleep_mode): ")
+
+
+def test_adapters_are_refused_by_name():
+    """Those of experts lie by slot, in tensors [adapters, slots, ...], and nobody moves them."""
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(), lora_config=None)
+    assert unsupported_use(vllm_config) == unsupported_use(None) == ""
+    vllm_config.lora_config = SimpleNamespace(max_loras=1)
+    reason = unsupported_mode(config(), "cuda", True, use=unsupported_use(vllm_config))
+    assert reason.startswith("LoRA (enable_lora): ")
+    assert "serve without adapters" in reason
 
 
 def test_a_pooling_model_is_refused_where_its_passes_are_not_stepped():

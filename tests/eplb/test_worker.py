@@ -252,6 +252,17 @@ def test_a_skipped_step_stops_balancing_on_all_ranks_and_names_the_rank(workers)
     assert group.workers[0]._step == group.workers[1]._step == 10
 
 
+def test_weights_that_the_engine_has_put_elsewhere_stop_balancing(workers):
+    group = workers(configs=[{"patrol_steps": 1}] * 2)
+    group.engines[1].replaced = lambda layer: "w13_weight"
+    for _ in range(200):
+        group.step()
+        time.sleep(0.001)
+        if group.workers[0].has_stopped:
+            break
+    assert all(worker.has_stopped for worker in group.workers)
+
+
 def test_a_step_of_no_forward_pass_is_not_counted_and_stops_balancing(workers):
     group = workers()
     group.step(2)

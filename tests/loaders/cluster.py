@@ -50,6 +50,9 @@ class FakeEngine:
             wide = (ids * 1000 + layer)[:, None] + torch.arange(37) / 64
             self.weights.append([wide.clone(), (wide[:, :5] * 3).to(torch.bfloat16)])
 
+    def replaced(self, layer: int) -> str:
+        return ""
+
     def tables(self, layers: np.ndarray, placement: np.ndarray, columns=None):  # type: ignore[no-untyped-def]
         kept = [(self.routed, placement[layers])]
         kept += [(self.columns, np.ones_like(placement[layers]) if columns is None else columns)]
@@ -87,7 +90,14 @@ class Rank:
             transport = cluster.transport(
                 self.engine, store.clone(), rank, ranks, cluster.transfer_timeout
             )
-            return Stager(self.engine.weights, staging, transport, rank, cluster.reference)
+            return Stager(
+                self.engine.weights,
+                staging,
+                transport,
+                rank,
+                cluster.reference,
+                lambda layer: self.engine.replaced(layer),
+            )
 
         self.stagers = StagerPool(make_stager, rank, cluster.shape.staging_rows)
         self.loader = Loader(

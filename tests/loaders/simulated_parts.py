@@ -153,6 +153,9 @@ class SimulatedEngine:
         self.columns = np.ones_like(placement)
         self.kept = (self.routed, self.columns)
 
+    def replaced(self, layer: int) -> str:
+        return ""
+
     def tables(
         self, layers: np.ndarray, placement: np.ndarray, columns: np.ndarray | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cluster import SWAP, swap
@@ -101,6 +102,20 @@ def test_a_vote_that_some_have_given_up_is_not_acted_on_by_the_rank_that_was_lat
         assert rank.segment.status[Field.STATE] == State.STOPPED
     assert len({rank.loader.epoch for rank in group.ranks}) == 1
     group.check_consistent()
+
+
+@pytest.mark.parametrize("patrol", [0, 1])
+def test_weights_that_lie_elsewhere_now_stop_balancing(cluster, caplog, patrol):
+    """No digest tells: what was handed out at the start is as it was, but nobody uses it."""
+    group = cluster(patrol_steps=patrol)
+    group.ranks[2].engine.replaced = lambda layer: "w2_weight" if layer == 1 else ""
+    with caplog.at_level("WARNING", "flash_eplb.loader"):
+        if not patrol:
+            group.send(group.record(SWAP))
+        group.tick_until(lambda: bool(group.ranks[0].loader.stopped))
+    assert all("EP rank 2 holds an expert whose" in rank.loader.stopped for rank in group.ranks)
+    assert "layer 1: w2_weight is in other memory than at the start" in caplog.text
+    assert [rank.loader.epoch for rank in group.ranks] == [0, 0, 0]
 
 
 def test_an_expert_that_changes_is_found_though_nothing_moves(cluster, caplog):

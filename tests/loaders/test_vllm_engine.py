@@ -66,3 +66,21 @@ def test_routing_weights_become_repeated_columns_and_go_again():
     assert columns_of(main, 1, 2) == [2]
     copy_rows(*engine.tables(np.array([1]), engine.placement))
     assert [columns_of(main, 1, expert) for expert in range(4)] == [[0, 4], [1, 5], [2], [3]]
+
+
+def test_a_parameter_that_gets_other_memory_is_named():
+    made = state("main", 2)
+    layers = [torch.nn.Module(), torch.nn.Module()]
+    for layer in layers:
+        layer.w2_weight = torch.nn.Parameter(torch.zeros(SLOTS, 5, 2), requires_grad=False)
+        layer.gate = torch.nn.Linear(3, 3)  # not handed out: whoever likes may replace it
+    made.model.moe_layers = [SimpleNamespace(routed_experts=layer) for layer in layers]
+    made.model.expert_weights = [[layer.w2_weight.view(SLOTS, -1)] for layer in layers]
+    engine = VllmEngine([state("draft", 1), made], RANKS)
+    layers[0].gate = torch.nn.Linear(3, 3)
+    layers[1].w2_weight += 1
+    assert [engine.replaced(layer) for layer in range(3)] == ["", "", ""]
+    layers[0].w2_weight.data = layers[0].w2_weight.data.clone()
+    assert [engine.replaced(layer) for layer in range(3)] == ["", "w2_weight", ""]
+    del layers[1].w2_weight
+    assert [engine.replaced(layer) for layer in range(3)] == ["", "w2_weight", "w2_weight"]
