@@ -185,7 +185,7 @@ class FlashLB:
         if not every_layer:
             offers = [offer for offer in offers if offer.gain >= self.min_gain]
             offers = self._confirmation.confirmed(window, offers, terms)
-        offers = sorted([*going, *offers], key=lambda offer: -offer.gain / offer.moves)
+        offers = sorted([*going, *offers], key=self._rank)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
         self._promises.remember(offers, taken, every_layer)
         self._going.remember(offers, taken)
@@ -290,25 +290,56 @@ class FlashLB:
                 self._promises.settle(offer.layer, float(before[offer.layer]))
         return offers
 
+    def _rank(self, offer: Offer) -> tuple[bool, float]:
+        """Best gain per move first, after those that have lost balance for what is to come."""
+        return not self._going.has_paid(offer.layer), -offer.gain / offer.moves
+
     def _fitting(
         self, window: Window, before: np.ndarray, offers: list[Offer], terms: Terms, room: int
     ) -> Iterator[Offer]:
-        """The offers that fit `room` moves and max_layers, and parts of some that do not fit."""
+        """The offers that fit `room` moves and max_layers, and parts of some that do not fit.
+
+        What room is left is for first moves that cost balance until others follow.
+        """
         layers, tries = 0, PARTS
-        for offer in offers:
-            parts = [offer]
-            if offer.moves > room:
-                parts = []
-                if room and tries > 0:
-                    parts = self._finder.part(window, before, offer, terms, room)
-                    parts = parts or self._finder.near(window, before, offer, terms, room)
-                tries -= 1
-            for part in parts:
-                if layers == self.max_layers:
-                    return
-                room -= part.moves
-                layers += 1
-                yield part
+        stuck: list[Offer] = []
+        for costly in (False, True):
+            for offer in stuck if costly else offers:
+                parts = [offer]
+                if offer.moves > room:
+                    parts = []
+                    if room and (costly or tries > 0):
+                        parts = self._parts(window, before, offer, terms, room, costly)
+                        if not parts and not costly:
+                            stuck.append(offer)
+                    tries -= 1
+                for part in parts:
+                    if layers == self.max_layers:
+                        return
+                    room -= part.moves
+                    layers += 1
+                    yield part
+
+    def _parts(
+        self,
+        window: Window,
+        before: np.ndarray,
+        offer: Offer,
+        terms: Terms,
+        room: int,
+        costly: bool,
+    ) -> list[Offer]:
+        """A part of an offer that does not fit, or another one that does; or none."""
+        paid = self._going.has_paid(offer.layer)
+        if costly:
+            new = offer.layer not in self._going and offer.gain >= self.min_gain
+            most = math.inf if paid else offer.gain
+            wanted = paid or (new and not window.anew)
+            return self._finder.costly(window, before, offer, terms, room, most) if wanted else []
+        parts = self._finder.part(window, before, offer, terms, room)
+        if parts or paid:  # what else there is might lead back
+            return parts
+        return self._finder.near(window, before, offer, terms, room)
 
 
 def warmup() -> None:
@@ -321,5 +352,5 @@ def warmup() -> None:
     for routing in ("uniform", "by_source"):
         FlashLB(2, 3, min_excess=0, routing=routing).plan(tokens, placement)
     plan = make_plan(placement, placement[:, ::-1])
-    part_of_the_way(tokens.astype(np.float64), 0, plan.before[0], plan.placement[0], 1)
+    part_of_the_way(tokens.astype(np.float64), 0, plan.before[0], plan.placement[0], 1, False)
     plan.rounds(1)

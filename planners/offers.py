@@ -74,21 +74,37 @@ class Finder:
         self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
     ) -> list[Offer]:
         """As much of an offer as fits into `room` moves; none if no part of it wins anything."""
-        layer, today = offer.layer, window.today[offer.layer]
-        wanted = align_all(today[None], offer.placement[None], window.tokens.shape[2])[0]
-        reached = part_of_the_way(window.tokens, layer, today, wanted, room)
-        moves = moves_between(today, reached)
-        if not moves:
+        here = window.today[offer.layer]
+        reached = self._on_the_way(window, offer, here, room)
+        if (reached == here).all():
             return []
-        chosen = np.array([layer])
-        columns = self._proved_columns(window, reached[None], chosen, terms)
-        par = float(self.measure(window.tokens, reached[None], chosen, columns)[0, 0])
-        gain = float(before[layer]) - par
-        if gain <= 0:  # an even division is what the moves were chosen for
-            return []
-        return [
-            offer._replace(placement=reached, columns=columns[0], par=par, gain=gain, moves=moves)
-        ]
+        parts = self._stops(window, before, offer, [reached], terms)
+        return [part for part in parts if part.gain > 0]  # they were chosen for an even division
+
+    def costly(
+        self,
+        window: Window,
+        before: np.ndarray,
+        offer: Offer,
+        terms: Terms,
+        room: int,
+        most: float,
+    ) -> list[Offer]:
+        """The first `room` moves of an offer, though balance is lost until others follow.
+
+        None if as many in each call do not lead to its end, or if PAR rises by more than `most`
+        on the way.
+        """
+        here = window.today[offer.layer]
+        stops: list[np.ndarray] = []
+        while moves_between(here, offer.placement):
+            there = self._on_the_way(window, offer, here, room, costly=True)
+            if (there == here).all():
+                return []
+            stops.append(there)
+            here = there
+        parts = self._stops(window, before, offer, stops, terms)
+        return parts[:1] if all(part.gain >= -most for part in parts) else []
 
     def near(
         self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
@@ -151,6 +167,38 @@ class Finder:
         if self._division is None:
             return np.ones(placement.shape, np.int16)
         return self._division.planned(tokens, placement, layers)
+
+    def _on_the_way(
+        self, window: Window, offer: Offer, here: np.ndarray, room: int, costly: bool = False
+    ) -> np.ndarray:
+        """int32[R, S], what `room` moves lead to from `here`; see `part_of_the_way`."""
+        experts = window.tokens.shape[2]
+        wanted = align_all(here[None], offer.placement[None], experts)[0]
+        reached = part_of_the_way(window.tokens, offer.layer, here, wanted, room, costly)
+        return align_all(here[None], reached[None], experts)[0]
+
+    def _stops(
+        self,
+        window: Window,
+        before: np.ndarray,
+        offer: Offer,
+        stops: list[np.ndarray],
+        terms: Terms,
+    ) -> list[Offer]:
+        """What placements on the way to an offer are worth."""
+        layers, placements = np.full(len(stops), offer.layer), np.array(stops)
+        columns = self._proved_columns(window, placements, layers, terms)
+        pars, _ = self.measure(window.tokens, placements, layers, columns)
+        return [
+            offer._replace(
+                placement=placements[i],
+                columns=columns[i],
+                par=float(pars[i]),
+                gain=float(before[offer.layer] - pars[i]),
+                moves=moves_between(window.today[offer.layer], placements[i]),
+            )
+            for i in range(len(stops))
+        ]
 
     def _proved_columns(
         self, window: Window, placement: np.ndarray, layers: np.ndarray, terms: Terms

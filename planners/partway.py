@@ -20,11 +20,13 @@ LEAST = 1e-5
 class Going:
     """The offers that are carried out in parts, one call after the other.
 
-    One of which a call takes nothing, for others win more, is forgotten and searched anew.
+    One of which a call takes nothing, for others win more, is forgotten and searched anew. What
+    has cost balance comes first, so that it is not left half-way.
     """
 
     def __init__(self) -> None:
         self._offers: dict[int, Offer] = {}
+        self._paid: set[int] = set()
 
     def keep(self, kept: np.ndarray) -> None:
         """Forget the layers that are not `kept`, bool[layers]."""
@@ -41,6 +43,10 @@ class Going:
         """What is on its way, as it was when it began."""
         return list(self._offers.values())
 
+    def has_paid(self, layer: int) -> bool:
+        """Whether a layer on its way has had a part that cost balance: back would win at once."""
+        return layer in self._offers and layer in self._paid
+
     def forget(self) -> None:
         """No layer is on its way any more."""
         self._offers = {}
@@ -51,6 +57,8 @@ class Going:
 
     def remember(self, offers: list[Offer], taken: dict[int, Offer]) -> None:
         """Of `offers` those that are `taken` in part are on their way, and no others."""
+        now = {layer for layer, part in taken.items() if part.gain <= 0}
+        self._paid = now | {layer for layer in self._paid if layer in self._offers}
         self._offers = {
             offer.layer: offer
             for offer in offers
@@ -65,11 +73,11 @@ def moves_between(today: np.ndarray, wanted: np.ndarray) -> int:
 
 
 @njit(cache=True, nogil=True)
-def part_of_the_way(heat, layer, today, wanted, room):
+def part_of_the_way(heat, layer, today, wanted, room, costly):
     """The placement between two that `room` moves lead to: what wins most per move comes first.
 
     What must move together (see `slots`) stays together, so it is valid. Where the first moves
-    cost balance, those that follow must win it back.
+    cost balance, those that follow must win it back, unless it may be `costly`.
 
     Args:
         heat: float64[T, layers, E], tokens.
@@ -77,6 +85,8 @@ def part_of_the_way(heat, layer, today, wanted, room):
         today: int32[R, S].
         wanted: int32[R, S], aligned to `today`.
         room: moves.
+        costly: whether to go as far as `room` leads, better or not, if more such parts lead to
+            the end: nothing that must move together takes more.
 
     Returns:
         int32[R, S]; `today` if no part is better.
@@ -86,6 +96,8 @@ def part_of_the_way(heat, layer, today, wanted, room):
     new = slot_of(wanted, experts)
     giver, taker = bonds(slot_of(today, experts), new)
     units, sizes, cyclic = units_of(today, wanted, giver, taker, new)
+    if costly and (sizes[cyclic] > room).any():
+        return today.copy()
     first = np.zeros(len(sizes), np.int64)
     for i in range(1, len(sizes)):
         first[i] = first[i - 1] + sizes[i - 1]
@@ -115,7 +127,7 @@ def part_of_the_way(heat, layer, today, wanted, room):
         sizes[chosen] -= length
         room -= length
         now = peaks_of(scaled, here).sum()
-        if now < least * (1 - LEAST):
+        if costly or now < least * (1 - LEAST):
             least = now
             reached[:] = here
     return reached

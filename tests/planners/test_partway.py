@@ -20,13 +20,33 @@ def test_a_part_of_the_way_is_valid_and_fits_and_costs_no_balance(shape, seed, r
     today, wanted = (shuffled(rng, 1, ranks, slots, experts)[0] for _ in range(2))
     wanted = align(today, wanted)
     heat = window(rng, zipf(rng, 1, experts), 4)
-    here = part_of_the_way(heat.astype(float), 0, today, wanted, room)
+    here = part_of_the_way(heat.astype(float), 0, today, wanted, room, False)
     check_placement(here[None], experts)
     assert ((here == today) | (here == wanted)).all()
     assert moves_between(today, here) <= room
     assert ratios(heat, here[None])[0] <= ratios(heat, today[None])[0] + 1e-5
-    whole = part_of_the_way(heat.astype(float), 0, wanted, wanted, room)
+    whole = part_of_the_way(heat.astype(float), 0, wanted, wanted, room, False)
     assert (whole == wanted).all()
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**32), room=st.integers(1, 12))
+def test_parts_that_may_cost_balance_lead_to_the_end_or_nowhere(shape, seed, room):
+    ranks, slots, experts = shape
+    rng = np.random.default_rng(seed)
+    here, wanted = (shuffled(rng, 1, ranks, slots, experts)[0] for _ in range(2))
+    heat = window(rng, zipf(rng, 1, experts), 4).astype(float)
+    left = moves_between(here, wanted)
+    while left:
+        there = part_of_the_way(heat, 0, here, align(here, wanted), room, True)
+        check_placement(there[None], experts)
+        moves = moves_between(here, there)
+        assert moves <= room
+        if not moves:  # something that must move together is larger
+            assert room < min(left, ranks)
+            return
+        left -= moves
+        assert moves_between(there, wanted) == left
+        here = there
 
 
 def followed(heats, placement, **limits):
@@ -54,6 +74,19 @@ def test_a_limit_of_moves_costs_time_and_not_balance(experts, ranks, slots, most
     assert sum(moves[-10:]) == 0
     there, reached = (ratios(heats[-1], slots)[0] - 1 for slots in (without, placement))
     assert reached < 1.3 * there + 0.01
+
+
+@pytest.mark.parametrize("seed", [24, 33])
+def test_a_layer_whose_first_moves_win_nothing_gets_where_it_should(seed):
+    # All parts of the way that fit lose balance; what follows wins it back.
+    rng = np.random.default_rng(seed)
+    popularity, start = zipf(rng, 1, 32, 1), initial(1, 8, 5, 32)
+    heats = [window(rng, popularity, 64, 20_000) for _ in range(50)]
+    moves, placement = followed(heats, start, max_moves=4)
+    _, without = followed(heats[:1], start)
+    assert max(moves) <= 4
+    assert sum(moves[-10:]) == 0
+    assert ratios(heats[-1], placement)[0] < ratios(heats[-1], without)[0] + 0.03
 
 
 def test_what_is_on_its_way_is_given_up_when_the_heat_changes():
