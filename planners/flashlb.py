@@ -19,7 +19,7 @@ from .columns import Columns, follow
 from .confirm import Confirmation
 from .efforts import EFFORTS
 from .forecast import forecast
-from .memory import MERGED, Memory, is_alike
+from .memory import MERGED, Memory, is_alike, is_other
 from .offers import FIRST_SHARE, Finder, spread
 from .partway import Going, moves_between, part_of_the_way
 from .plan import Plan, align_all, make_plan, plan_between
@@ -204,6 +204,8 @@ class FlashLB:
         expected, error = tokens, np.zeros(len(today))
         if not every_layer:
             expected, error = forecast(tokens, past * alike[:, None], MERGED)
+            if expected is not tokens:  # where all of the past would count alike
+                self._memory.erase((error > 0) & is_other(past, tokens))
             error *= settled | (expected is not tokens)  # the first plan of short windows is free
         return Window(
             seen=tokens,

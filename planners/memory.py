@@ -61,6 +61,11 @@ class Memory:
         age = MERGED * (np.arange(count, 0, -1) - 0.5)
         return tokens, (MERGED * 2.0 ** (-age / self._half_life)).astype(np.float32)
 
+    def erase(self, layers: np.ndarray) -> None:
+        """Forget what came before the window, of the layers of a mask bool[layers]."""
+        if len(self._past):
+            self._past[:, layers] = 0
+
 
 def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     """Whether the heat of each layer is still what it was, bool[layers].
@@ -81,6 +86,24 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     older, newer = _popularity(window[:half]), _popularity(window[half:])
     is_near = _apart(before, now) <= FAR * _apart(older, newer) + STIR
     return is_near & (_apart(before, newer) <= _apart(before, older) + LEAVING)
+
+
+def is_other(past: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Whether the heat of each layer is another than it was, bool[layers], for good.
+
+    It is if its mean has moved away from that of the past by more than its halves and chance
+    explain, however few tokens the past has. To `is_alike` it looks the same again as soon as the
+    past holds enough of what is new.
+
+    Args:
+        past: float64[n, layers, experts], of `Memory.recall`; without tokens where it is erased.
+        window: float64[episodes, layers, experts], at least two episodes.
+    """
+    half = len(window) // 2
+    halves = _apart(_popularity(window[:half]), _popularity(window[half:]))
+    before, now = past.sum(axis=(0, 2)), window.sum(axis=(0, 2))
+    few = np.sqrt(np.maximum(1, (now / np.maximum(before, 1) + 1) / 4))  # times the halves' error
+    return _apart(_popularity(past), _popularity(window)) > FAR * few * halves + STIR
 
 
 def shares(tokens: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from heats import window, zipf
 
-from flash_eplb.planners.memory import Memory
+from flash_eplb.planners.memory import Memory, is_other
 
 
 def episodes(first, last, layers=2, experts=3):
@@ -80,3 +81,24 @@ def test_another_shape_begins_anew():
     assert len(memory.recall(episodes(8, 16, layers=3))[0]) == 0
     assert remembered(memory.recall(episodes(16, 24, layers=3))[0]) == list(range(8, 16))
     assert len(memory.recall(episodes(24, 32, layers=3, experts=4))[0]) == 0
+
+
+def test_what_is_erased_of_a_layer_does_not_come_back():
+    memory = Memory(64)
+    memory.recall(episodes(0, 8))
+    memory.recall(episodes(8, 16))
+    memory.erase(np.array([True, False]))
+    tokens, weights = memory.recall(episodes(16, 24))
+    assert len(tokens) == len(weights) == 4
+    assert tokens[:, 0, 0].sum() == episodes(8, 16)[:, 0, 0].sum()
+    assert tokens[:, 1, 2].sum() == episodes(0, 16)[:, 1, 2].sum()
+
+
+@pytest.mark.parametrize("count", [4, 16, 128])
+def test_other_heat_is_told_from_chance_however_few_tokens_are_past(count):
+    rng = np.random.default_rng(0)
+    before, after = zipf(rng, 200, 64, 1.2), zipf(rng, 200, 64, 1.2)
+    heat = window(rng, after, 64, 100)
+    assert not is_other(window(rng, after, count, 100), heat).any()
+    assert is_other(window(rng, before, count, 100), heat).mean() > (0.9 if count > 4 else 0)
+    assert not is_other(np.zeros((0, 200, 64)), heat).any()
