@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from .columns import divided_par
-from .forecast import DOUBT
+from .forecast import DOUBT, mostly_chance
 from .offers import Finder
 from .promises import hoped
 from .search import Terms
@@ -41,9 +41,11 @@ class Confirmation:
             if offer.gain >= self._min_gain + beyond:
                 clear.append(offer._replace(promise=offer.par + DOUBT * noise))
         rest = clear
-        if window.tokens is not window.seen:  # what is expected is no window with halves
-            rest = [offer for offer in clear if not window.noise[offer.layer]]
-        repeated = {offer.layer: offer for offer in self._repeated(window, rest, terms)}
+        if window.tokens is not window.seen:  # what is expected of chance is no window with halves
+            asked = (window.noise == 0) | ~mostly_chance(window.seen)
+            rest = [offer for offer in clear if asked[offer.layer]]
+        seen = window._replace(tokens=window.seen)
+        repeated = {offer.layer: offer for offer in self._repeated(seen, rest, terms)}
         left = {offer.layer for offer in rest} - repeated.keys()
         return [repeated.get(offer.layer, offer) for offer in clear if offer.layer not in left]
 
@@ -53,13 +55,14 @@ class Confirmation:
         A plan from the older half of the window must win min_gain on the newer half: by one
         standard error if it wins five times as much, else by three. Its PAR there is what may be
         expected. Where the heat has changed within the window, the older half is of the past: then
-        the same is asked of the newest episodes alone, of fewer and fewer.
+        the same is asked of the newest episodes alone, of fewer and fewer. A half in which a layer
+        has no tokens tells nothing.
         """
         newest = len(window.tokens)
-        half = newest // 2
-        if not window.tokens[:half].any() or not window.tokens[half:].any():
-            return offers
-        sure = self._won(window, offers, terms)
+        older, newer = window.tokens[: newest // 2], window.tokens[newest // 2 :]
+        tells = (older.sum(axis=(0, 2)) > 0) & (newer.sum(axis=(0, 2)) > 0)
+        sure = {offer.layer: offer for offer in offers if not tells[offer.layer]}
+        sure |= self._won(window, [offer for offer in offers if tells[offer.layer]], terms)
         while newest >= 4 * NEWEST:
             newest //= 2
             rest = [offer for offer in offers if offer.layer not in sure]

@@ -18,6 +18,9 @@ from .memory import shares
 LARGELY = 0.3
 """Share of the variance between episodes that chance must explain."""
 
+MOSTLY = 0.5
+"""Share of the variance from episode to episode that it must explain so that no more is asked."""
+
 MUCH = 4.0
 """Times the variance between episodes that it may be: counts that vary less are not by chance."""
 
@@ -64,6 +67,19 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
         ratio = np.divide(level, mean, out=np.ones_like(mean), where=mean > 0)
         expected[:, layer] = (mean + kept * (window[:, layer] - mean)) * ratio
     return expected, errors
+
+
+def mostly_chance(window: np.ndarray) -> np.ndarray:
+    """Whether chance explains most of what an episode differs by from the one before, bool[layers].
+
+    What drifts, or changes once, has little part in that; what is by neither does not last.
+
+    Args:
+        window: float64[T, layers, E], oldest first, at least two episodes.
+    """
+    chance = (1 / np.maximum(window.sum(axis=2), 1)).mean(axis=0)
+    steps = (np.diff(shares(window), axis=0) ** 2).sum(axis=2)
+    return np.asarray(chance > MOSTLY * np.median(steps, axis=0) / 2)
 
 
 def _weights(

@@ -45,6 +45,30 @@ def test_stationary_heat_gives_no_second_plan(name, effort, every_layer, ranks, 
         assert (later.placement == first.placement).all()
 
 
+def test_counts_that_vary_by_more_than_chance_give_no_second_plan_either():
+    rng = np.random.default_rng(25)
+    rates = rng.gamma(20, 2000 / 64 / 20, (64 + 8 * 20, 3, 64))  # half of their variance
+    heat, planner, placement = rng.poisson(rates), FlashLB(16, 5), initial(3, 16, 5, 64)
+    placement = planner.plan(heat[:64], placement).placement
+    for now in range(72, len(heat), 8):
+        assert not planner.plan(heat[now - 64 : now], placement)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("episodes", [8, 24])
+def test_a_layer_without_tokens_in_half_of_each_window_is_planned_beside_others(half, episodes):
+    rng = np.random.default_rng(0)
+    popularity, placement = zipf(rng, 3, 32), initial(3, 8, 5, 32)
+    planner = FlashLB(8, 5)
+    for _ in range(3):
+        heat = window(rng, popularity, episodes, 5000)
+        np.split(heat, 2)[half][:, 1] = 0
+        plan = planner.plan(heat, placement)
+        placement = plan.placement
+    assert ratios(window(rng, popularity), placement)[1] < 1.1
+    assert not plan
+
+
 @pytest.mark.parametrize("name", ["many tokens", "few tokens", "short windows"])
 def test_planned_routing_gives_no_second_plan_either(name):
     draw = steady(np.random.default_rng(2), 64, **STEADY[name])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from heats import window, zipf
 
-from flash_eplb.planners.forecast import FEWEST, forecast
+from flash_eplb.planners.forecast import FEWEST, forecast, mostly_chance
 
 NONE = np.empty((0, 1, 64))
 
@@ -96,3 +96,11 @@ def test_of_few_episodes_nothing_is_known_but_what_chance_may_do():
     assert expected is heat
     assert error[0] == pytest.approx((64 * 50 * len(heat)) ** -0.5, rel=0.1)
     assert error[1] == 0
+
+
+def test_what_drifts_is_mostly_chance_from_episode_to_episode_and_what_varies_is_not():
+    rng = np.random.default_rng(4)
+    drift = drifting(rng, 64, 0.02)[0]
+    varying = rng.poisson(drift * rng.gamma(8, 1 / 8, drift.shape)).astype(float)
+    heat = np.concatenate([drift, varying, np.zeros_like(drift)], axis=1)
+    assert mostly_chance(heat).tolist() == [True, False, True]
