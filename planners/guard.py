@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,8 +104,9 @@ def checked_plan(
 ) -> Plan:
     """A plan that leads from `placement` to what a policy wants, whatever form that has.
 
-    A plan as `make_plan` makes it is returned as it is, but for a `ranks_per_node` that it lacks.
-    Of any other only the placement counts: the plan is made anew, and its PAR measured.
+    Of a plan as `make_plan` makes it all counts, and a `ranks_per_node` that it lacks is added. Of
+    any other only the placement counts: the plan is made anew, and its PAR measured. What is
+    returned is never the policy's own object, which may be of a class of its own.
 
     Args:
         found: a Plan, or int[layers, ranks, slots].
@@ -116,7 +117,8 @@ def checked_plan(
     Raises:
         ValueError: `found` is neither, or of another shape, or no valid placement.
     """
-    wanted = np.asarray(found.placement if isinstance(found, Plan) else found)
+    given = _copied(found) if isinstance(found, Plan) else None
+    wanted = np.asarray(found) if given is None else given.placement
     if wanted.dtype.kind not in "iu":
         raise ValueError(
             f"it is of type {type(found).__name__} and holds {wanted.dtype}; it must be a Plan or "
@@ -129,20 +131,27 @@ def checked_plan(
         )
     check_placement(wanted, heat.shape[2])
     plan = make_plan(placement, wanted)
-    if isinstance(found, Plan) and _is_sound(found, plan):
-        near = found.ranks_per_node or ranks_per_node
-        return found if near == found.ranks_per_node else replace(found, ranks_per_node=near)
+    if given is not None and _is_sound(given, plan):
+        return replace(given, ranks_per_node=given.ranks_per_node or ranks_per_node)
     before, after = (episode_par(heat, slots).mean(axis=0) for slots in (placement, wanted))
     return make_plan(
         placement, wanted, par_before=before, par_after=after, ranks_per_node=ranks_per_node
     )
 
 
+def _copied(found: Plan) -> Plan:
+    """A plain plan of what stands in `found`, unchecked, as arrays of our own."""
+    values = {field.name: getattr(found, field.name) for field in fields(Plan)}
+    near = values.pop("ranks_per_node")
+    arrays = {name: np.array(value, order="C") for name, value in values.items()}
+    return Plan(**arrays, ranks_per_node=near)
+
+
 def _is_sound(found: Plan, made: Plan) -> bool:
     """Whether `found` is what `make_plan` gave for the same change, but for PAR, order, columns."""
     for name in ("before", "placement", "layers", "par_before", "par_after", "columns"):
-        one, two = np.asarray(getattr(found, name)), getattr(made, name)
-        if one.dtype != two.dtype or one.shape != two.shape or not one.flags.c_contiguous:
+        one, two = getattr(found, name), getattr(made, name)
+        if one.dtype != two.dtype or one.shape != two.shape:
             return False
     near = found.ranks_per_node
     return (
@@ -151,7 +160,7 @@ def _is_sound(found: Plan, made: Plan) -> bool:
         and np.array_equal(np.sort(found.layers), np.sort(made.layers))
         and _is_routable(found)
         and _names_layers(found.rerouted, np.setdiff1d(np.arange(len(made.before)), made.layers))
-        and (near is None or (isinstance(near, int) and near > 0))
+        and (near is None or (type(near) is int and near > 0))
     )
 
 
@@ -166,10 +175,9 @@ def _is_routable(found: Plan) -> bool:
     )
 
 
-def _names_layers(named: Any, among: np.ndarray) -> bool:
+def _names_layers(named: np.ndarray, among: np.ndarray) -> bool:
     """Whether `named` is int32, ascending, and holds only numbers of `among`."""
-    one = np.asarray(named)
-    return one.dtype == np.int32 and np.array_equal(one, np.intersect1d(one, among))
+    return named.dtype == np.int32 and np.array_equal(named, np.intersect1d(named, among))
 
 
 def warmup() -> None:
