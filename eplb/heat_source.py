@@ -34,8 +34,11 @@ def start_of(source: Recording | HeatFile, ranks: int, slots: int) -> tuple[np.n
             placement = source.first_placement()
             if placement is not None:
                 return placement, "the first recorded placement"
-    if not ranks or not slots:
-        raise RecordingError("a file of counts tells no ranks: give --ranks and --slots-per-rank")
+    options = {"--ranks": ranks, "--slots-per-rank": slots}
+    missing = [option for option, value in options.items() if not value]
+    if missing:
+        what = "slots" if ranks else "ranks"
+        raise RecordingError(f"a file of counts tells no {what}: give {' and '.join(missing)}")
     return linear_placement(source.layers, source.experts, ranks, slots), LINEAR
 
 

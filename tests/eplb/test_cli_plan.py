@@ -267,7 +267,8 @@ def test_one_episode_has_nothing_to_hold_out(heat, environment):
         ([*SHAPE, "--expert-mb", "-1"], "--expert-mb is -1.0; it must be from 0 to 1000000"),
         ([*SHAPE, "--expert-mb", "nan"], "--expert-mb is nan; it must be from 0 to 1000000"),
         ([], "a file of counts tells no ranks: give --ranks and --slots-per-rank"),
-        (["--ranks", "4"], "a file of counts tells no ranks: give --ranks and --slots-per-rank"),
+        (["--ranks", "4"], "a file of counts tells no slots: give --slots-per-rank"),
+        (["--slots-per-rank", "4"], "a file of counts tells no ranks: give --ranks"),
         (["--redundant", "1"], "a file of counts tells no ranks: give --ranks"),
         (
             [*SHAPE, "--redundant", "1"],
