@@ -18,7 +18,7 @@ def checked_heat(heat: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: another shape or dtype, no episode, or a value that is negative or not finite.
     """
-    heat = np.asarray(heat)
+    heat = _array("heat", heat)
     if heat.ndim != 3 or heat.shape[0] == 0 or heat.dtype.kind not in "iuf":
         raise ValueError(
             f"heat is {heat.dtype} of shape {heat.shape}; it must be real numbers "
@@ -48,7 +48,7 @@ def checked_placement(
         ValueError: another shape than heat, ranks and slots ask for.
         PlacementError: it loses an expert or holds one twice on a rank.
     """
-    placement = np.asarray(placement)
+    placement = _array("placement", placement)
     shape = (heat.shape[1], ranks, slots_per_rank)
     if placement.shape != shape:
         raise ValueError(
@@ -60,6 +60,13 @@ def checked_placement(
     except PlacementError as error:
         raise PlacementError(f"placement: {error}") from None
     return np.array(placement, dtype=np.int32, order="C")
+
+
+def _array(name: str, value: np.ndarray) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: {error}; give rows of one length") from None
 
 
 def whole(name: str, value: int, least: int, most: int | None = None) -> int:

@@ -54,14 +54,16 @@ SMALL = 64
 """Slots up to which a layer is searched from many starts at any effort: it takes no time."""
 
 KICK_WORK = 10_000
-"""Slots times episodes that may be kicked in a small layer, unless the effort is thorough."""
+"""Slots times episodes that may be kicked in a small layer."""
+
+THOROUGH_WORK = 3_300_000
+"""The same where the effort is thorough: up to 64 episodes there are all kicks."""
 
 
 def effort_of(name: str, slots: int, episodes: int) -> Effort:
     """The effort `name` for layers of `slots` slots, on all ranks together, over `episodes`."""
     if slots > SMALL:
         return EFFORTS[name]
-    kicks = 800
-    if name != "thorough":
-        kicks = min(100, KICK_WORK // (slots * max(1, episodes)))
+    most, work = (800, THOROUGH_WORK) if name == "thorough" else (100, KICK_WORK)
+    kicks = min(most, work // (slots * max(1, episodes)))
     return EFFORTS["thorough"]._replace(starts=16 if kicks else 4, kicks=kicks)

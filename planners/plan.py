@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..ipc.placement import MOVE, PlacementError, check_placement
+from .check import whole
 from .rounds import schedule, spread_sources
 from .slots import align_layers
 
@@ -99,12 +100,11 @@ class Plan:
             rows: staging rows per rank, over all layers together; at least 1.
 
         Raises:
-            ValueError: `rows` is below 1.
+            ValueError: `rows` is not a whole number of at least 1.
         """
+        rows = whole("rows", rows, 1)
         ranks = self.before.shape[1]
         near = self.ranks_per_node or ranks
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
         round_of = schedule(self.before, self.placement, self.layers, rows)
         writes = np.argwhere(round_of >= 0)
         turns = round_of[tuple(writes.T)]

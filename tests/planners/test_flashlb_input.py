@@ -83,6 +83,7 @@ def test_a_limit_that_is_none_is_named(value):
         (np.zeros((1, 2, 8), "U3"), "heat is <U3 of shape (1, 2, 8)"),
         (np.zeros((1, 2, 8), "m8[s]"), "heat is timedelta64[s] of shape (1, 2, 8)"),
         (None, "heat is object of shape ()"),
+        ([[[1, 2], [3]]], "heat is no array: "),
         (np.zeros((1, 3, 8)), "placement has shape (2, 4, 2); it must be (3, 4, 2)"),
         (np.zeros((1, 2, 9)), "placement: layer 0: expert 8 has no slot"),
         (np.zeros((1, 2, 7)), "placement: layer 0: rank 3 slot 1 holds expert 7"),
@@ -92,6 +93,11 @@ def test_heat_of_the_wrong_form_is_named(heat, message):
     with pytest.raises(ValueError) as error:
         FlashLB(4, 2).plan(heat, initial(2, 4, 2, 8))
     assert str(error.value).startswith(message)
+
+
+def test_a_placement_of_rows_of_several_lengths_is_named():
+    with pytest.raises(ValueError, match=r"^placement is no array: .*; give rows of one length$"):
+        FlashLB(4, 2).plan(np.ones((3, 1, 8)), [[[0, 1], [2, 3], [4, 5], [6]]])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

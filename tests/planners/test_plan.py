@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from flash_eplb.ipc.placement import PlacementError, apply_moves
 from flash_eplb.planners.plan import align, make_plan
+from flash_eplb.planners.rounds import schedule
 
 
 @st.composite
@@ -193,11 +195,21 @@ def test_a_plan_does_not_share_memory_with_its_arguments():
     assert_carries_out(plan, plan.rounds(1), 1, 4)
 
 
-@pytest.mark.parametrize("rows", [0, -1])
+@pytest.mark.parametrize("rows", [0, -1, 1.5, True, "2", None])
 def test_rounds_without_rows_are_refused(rows):
     plan = make_plan(np.array([[[0], [1]]]), np.array([[[1], [0]]]))
-    with pytest.raises(ValueError, match=f"rows is {rows}; it must be at least 1"):
+    text = re.escape(f"rows is {rows!r}; it must be a whole number of at least 1")
+    with pytest.raises(ValueError, match=text):
         plan.rounds(rows)
+
+
+def test_rows_that_numpy_counted_compile_nothing_new():
+    plan = make_plan(np.array([[[0], [1]]]), np.array([[[1], [0]]]))
+    plan.rounds(1)
+    known = len(schedule.signatures)
+    for rows in (np.int32(1), np.uint8(1)):
+        assert len(plan.rounds(rows)) == 1
+    assert len(schedule.signatures) == known
 
 
 def test_nodes_without_ranks_are_refused():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import assert_consistent, moved, settled
 
-from flash_eplb.planners.flashlb import EFFORTS
+from flash_eplb.planners.efforts import EFFORTS, effort_of
 from flash_eplb.planners.relabel import relabel
 from flash_eplb.planners.search import Terms, _worth, measure, search_layers
 
@@ -135,3 +135,10 @@ def test_kicks_keep_to_the_price_of_moves_whatever_was_found_from_scratch(price)
             found, moves = search(heat, before, effort, **terms)
             worth.append(ratios(heat, found)[0] + price * moves[0])
         assert worth[1] <= worth[0] + 1e-3
+
+
+def test_small_layers_are_kicked_as_often_as_their_episodes_allow():
+    kicks = [effort_of("thorough", 64, episodes).kicks for episodes in (1, 64, 256, 1024)]
+    assert kicks == [800, 800, 201, 50]
+    assert effort_of("thorough", 16, 6).kicks == 800  # what is proven optimal, is found by these
+    assert effort_of("balanced", 64, 64).kicks == 2
