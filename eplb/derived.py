@@ -17,24 +17,25 @@ import torch
 from ..loaders.staging import Stack
 from .ranges import Ranges
 
-SHARED = {
-    "e_score_correction_bias",
-    "w13_input_scale",
-    "w2_input_scale",
-    "hash_indices_table",
-    "expert_local_to_global",
-}
-"""Names by which vLLM's layers hold what is equal for all of a rank's experts."""
+SHARED = {"e_score_correction_bias", "hash_indices_table", "expert_local_to_global"}
+"""Names by which vLLM's layers hold what says nothing of an expert's weights."""
+
+_OF_A_PASS = {"prepare_finalize"}
+"""Names of parts that keep what a pass has sent (DeepEP's handles: row by expert), no weights."""
 
 _LIBRARIES = ("vllm", "vllm_ascend", "compressed_tensors", "triton_kernels")
 
 _DEEPEST = 6  # from a layer to the tensors of its kernel's quantisation config
 
+_FEWEST = 16  # elements of an expert's tensor by whose number a copy of all of them is known
+
 
 def left_behind(layer: Any, moved: Sequence[Stack], slots: int) -> str:
-    """Name of the first tensor of `layer` that has a row per slot and is not moved; "" if none.
+    """Name of the first tensor of `layer` that has a part per slot and is not moved; "" if none.
 
-    A list of one tensor, or one float, per slot is such a tensor, too.
+    That is a row, or one of a list of tensors or floats; or it has the type and the number of
+    elements of a stack that is moved, so that it is a copy of it in another order. Scales that all
+    experts of the rank share are `shared_scales`.
 
     Args:
         layer: vLLM's layer of routed experts.
@@ -42,15 +43,53 @@ def left_behind(layer: Any, moved: Sequence[Stack], slots: int) -> str:
         slots: experts on a rank.
     """
     rows = Ranges(row for stack in moved for row in stack)
-    for name, stack in _stacks(layer, slots):
+    sizes = {_size(stack) for stack in moved if stack[0].numel() >= _FEWEST}
+    for name, value in _values(layer, slots):
+        stack = _stack(value, slots)
         if isinstance(stack, list):
             stays = all(rows.hold(row) for row in stack) or _are_alike(stack)
+        elif stack is not None:
+            shared = stack.stride(0) == 0 or _leaf(name) in SHARED
+            alone = stack.numel() == 1 and _is_scale(name, stack)  # of a rank of one slot
+            stays = shared or alone or rows.hold(stack) or _are_rows_equal(stack)
         else:
-            shared = stack.stride(0) == 0 or name.rpartition(".")[2] in SHARED
-            stays = shared or rows.hold(stack) or _are_rows_equal(stack)
+            is_copy = isinstance(value, torch.Tensor) and _size(value) in sizes
+            stays = not is_copy or "shared" in name or rows.hold(value)
         if not stays:
             return name
     return ""
+
+
+def shared_scales(layer: Any, moved: Sequence[Stack], slots: int) -> dict[str, float]:
+    """Scales of `layer`, by name, that its experts share and that do not move with them.
+
+    Arguments: see `left_behind`, which has found nothing.
+    """
+    rows = Ranges(row for stack in moved for row in stack)
+    return {
+        name: float(value.flatten()[0])
+        for name, value in _values(layer, slots)
+        if isinstance(value, torch.Tensor)
+        and _is_scale(name, value)
+        and (value.numel() == 1 or value.numel() == len(value) == slots)
+        and not rows.hold(value)
+    }
+
+
+def _is_scale(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is one, and not of shared experts, which a rank may hold a part of."""
+    return "scale" in _leaf(name) and "shared" not in name and tensor.is_floating_point()
+
+
+def _size(stack: Stack) -> tuple[torch.dtype, int]:
+    """Its type and its number of elements."""
+    if isinstance(stack, torch.Tensor):
+        return stack.dtype, stack.numel()
+    return stack[0].dtype, sum(tensor.numel() for tensor in stack)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _are_rows_equal(tensor: torch.Tensor) -> bool:
@@ -62,16 +101,16 @@ def _are_alike(tensors: list[torch.Tensor]) -> bool:
     return len(tensors) > 1 and all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
-def _stacks(layer: Any, slots: int) -> Iterator[tuple[str, torch.Tensor | list[torch.Tensor]]]:
-    """(name, stack) of all that has a row for each of `slots` in `layer` and in its parts."""
+def _values(layer: Any, slots: int) -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that `layer` and its parts hold."""
     seen, waiting = {id(layer)}, deque([("", layer, _DEEPEST)])
     while waiting:  # a part is looked into from the shortest way to it: as deep as can be
         path, owner, depth = waiting.popleft()
         for name, value in _attributes(owner):
             where = f"{path}.{name}" if path else name
-            if (stack := _stack(value, slots)) is not None:
-                yield where, stack
-            elif depth and id(value) not in seen and _is_a_part(value):
+            yield where, value
+            is_new = depth and id(value) not in seen and name not in _OF_A_PASS
+            if is_new and _is_a_part(value) and _stack(value, slots) is None:
                 seen.add(id(value))
                 waiting.append((where, value, depth - 1))
 

@@ -127,7 +127,7 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
             moved = state.model.expert_weights[number]
             if name := left_behind(held, moved, physical // ranks):
                 return (
-                    f"{state.model_name}: {name} of MoE layer {number} has a row for each expert "
+                    f"{state.model_name}: {name} of MoE layer {number} has a part for each expert "
                     "and vLLM does not hand it out: it would stay behind when experts move"
                 )
     return ""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flash_eplb.eplb.derived import left_behind
+from flash_eplb.eplb.derived import left_behind, shared_scales
 from flash_eplb.eplb.ranges import Ranges
 from flash_eplb.eplb.support import unsupported_model
 
@@ -124,7 +124,8 @@ def test_what_all_experts_share_may_stay():
     layer = Layer()
     layer.e_score_correction_bias = torch.zeros(SLOTS)
     layer.quant_method = Part(a1_scale=torch.ones(1).expand(SLOTS), block=torch.zeros(2, SLOTS))
-    layer.w13_input_scale = torch.arange(SLOTS)
+    layer.w13_input_scale = torch.full((1,), 0.5).expand(SLOTS)
+    layer.w2_input_scale = torch.full((SLOTS,), 0.5)
     layer.quant_method.ab_strides1 = torch.full((SLOTS,), 64)
     assert left_behind(layer, layer.moved(), SLOTS) == ""
 
@@ -175,6 +176,53 @@ def test_a_part_is_looked_into_from_the_shortest_way_to_it():
         assert name == "short.kernel.experts.quant_config._w1.scale"
 
 
+def test_an_activation_scale_for_each_expert_is_no_shared_one():
+    layer = Layer()
+    layer.w13_input_scale = torch.arange(SLOTS).float()
+    assert left_behind(layer, layer.moved(), SLOTS) == "w13_input_scale"
+
+
+def test_what_the_experts_share_is_told_with_its_value():
+    layer = Layer()
+    layer.w13_input_scale, layer.w2_input_scale = torch.tensor(0.5), torch.ones(1).expand(SLOTS)
+    layer.quant_method = Part(_a1=Part(alpha_or_gscale=torch.full((SLOTS,), 2.0)))
+    layer.block_scale, layer.scale_places = torch.rand(2, 2), torch.tensor(3)
+    layer.shared_experts = Part(weight_scale=torch.tensor(7.0))
+    assert shared_scales(layer, layer.moved(), SLOTS) == {
+        "w13_input_scale": 0.5,
+        "w2_input_scale": 1.0,
+        "quant_method._a1.alpha_or_gscale": 2.0,
+    }
+
+
+def test_a_scale_of_the_only_expert_of_a_rank_is_one_that_experts_share():
+    weight = torch.rand(1, 6)
+    layer = SimpleNamespace(weight=weight, weight_scale=torch.ones(1, 1), a1_scale=torch.ones(1))
+    moved = [weight, layer.weight_scale]
+    assert left_behind(layer, moved, 1) == ""
+    assert shared_scales(layer, moved, 1) == {"a1_scale": 1.0}
+
+
+@pytest.mark.parametrize("shape", [(2, 8 * SLOTS), (SLOTS * 4, 4), (16 * SLOTS,)])
+def test_a_copy_of_what_moves_is_found_in_whatever_order(shape):
+    weight = torch.rand(SLOTS, 16)
+    layer = SimpleNamespace(weight=weight, packed=weight.clone().view(shape))
+    assert left_behind(layer, [weight], SLOTS) == "packed"
+    layer.packed = weight.view(shape)
+    assert left_behind(layer, [weight], SLOTS) == ""
+    layer.packed = torch.zeros(shape, dtype=torch.int32)
+    assert left_behind(layer, [weight], SLOTS) == ""
+
+
+def test_what_a_pass_has_sent_is_not_taken_for_weights():
+    layer, handle = Layer(), (torch.rand(SLOTS, 32), torch.arange(SLOTS), 64)
+    sender = Part(handles=[handle, None])
+    layer.quant_method = Part(moe_kernel=Part(impl=Part(prepare_finalize=sender)))
+    assert left_behind(layer, layer.moved(), SLOTS) == ""
+    layer.quant_method.moe_kernel.impl.fused_experts = sender
+    assert left_behind(layer, layer.moved(), SLOTS).endswith("fused_experts.handles.0.0")
+
+
 def test_rings_of_objects_end():
     layer = Layer()
     first, second = Part(), Part()
@@ -209,6 +257,6 @@ def test_a_model_with_such_a_tensor_is_refused_by_name():
     state.model.expert_weights[0] = kept
     layers[1].quant_method = Part(g1_alphas=torch.arange(SLOTS))
     assert unsupported_model([state], ranks=2) == (
-        "m: quant_method.g1_alphas of MoE layer 1 has a row for each expert and vLLM does not hand "
-        "it out: it would stay behind when experts move"
+        "m: quant_method.g1_alphas of MoE layer 1 has a part for each expert and vLLM does not "
+        "hand it out: it would stay behind when experts move"
     )
