@@ -99,13 +99,17 @@ class FlashState:
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
+        from .scales import scales_of
         from .worker import Worker
 
         engine = self._make_engine(states, coordinator)
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
         unsupported = functools.partial(self._unsupported, states, ranks)
-        self.worker = Worker(self.config, group, engine, engine.models, experts, unsupported)
+        scales = functools.partial(scales_of, states, engine.placement.shape[2])
+        self.worker = Worker(
+            self.config, group, engine, engine.models, experts, unsupported, scales
+        )
         if not is_dummy:
             self.worker.forward(0)  # the pass that this first step ends
 

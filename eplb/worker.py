@@ -41,6 +41,7 @@ from .forms import agree_on_forms
 from .group import Group, UnsupportedError
 from .planner_watch import PlannerWatch
 from .reference import take_reference
+from .scales import Scales, agree_on_scales
 from .weight_update import WeightUpdate
 
 log = logging.getLogger("flash_eplb.worker")
@@ -57,6 +58,7 @@ class Worker:
         experts: logical experts per layer.
         unsupported: why the models cannot be balanced with the weights that they have now, "" if
             they can; asked anew after each update of the weights.
+        scales: what all experts of this rank share; asked at the start and after each update.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class Worker:
         models: list[tuple[str, int]],
         experts: int,
         unsupported: Callable[[], str] = lambda: "",
+        scales: Callable[[], Scales] = dict,
     ):
         self._config = config
         self._group = group
         self._engine = engine
         self._unsupported = unsupported
+        self._scales = scales
         self._shape = GroupShape(
             models=tuple(ModelShape(name, layers) for name, layers in models),
             experts=experts,
@@ -218,6 +222,7 @@ class Worker:
                         f"{_difference(theirs[what], everyone[0][what])}"
                     )
         agree_on_forms(self._group, self._engine.weights)
+        agree_on_scales(self._group, self._scales)
         return everyone[0]["generation"]
 
     def _check_limits(self) -> None:
@@ -338,6 +343,7 @@ class Worker:
     def _redigest(self) -> None:
         """The weights are new: so are the digests that prove them, and what would stay behind."""
         self._group.together(self._check_supported)
+        agree_on_scales(self._group, self._scales)
         self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
 
     def begin_update(self) -> bool:

@@ -44,10 +44,12 @@ class ThreadGroup(Group):
 class Workers:
     """Two workers in threads; `run` calls an action on each and returns the results.
 
-    `unsupported(rank)` is asked after updates.
+    `unsupported(rank)` is asked after updates, `scales(rank)` at the start, too.
     """
 
-    def __init__(self, session: str, configs=None, unsupported=lambda rank: ""):
+    def __init__(
+        self, session: str, configs=None, unsupported=lambda rank: "", scales=lambda rank: {}
+    ):
         store = dist.HashStore()
         meeting, table = threading.Barrier(2), [None, None]
         self.engines = [FakeEngine(*SIZES, rank) for rank in range(2)]
@@ -61,8 +63,8 @@ class Workers:
             group = ThreadGroup(rank, 2, votes, store, (0,))
             group.meeting, group.table = meeting, table
             config = Config(session=session, **{"vote_steps": 2, **configs[rank]})
-            ask = functools.partial(unsupported, rank)
-            self.workers[rank] = Worker(config, group, self.engines[rank], [("m", 2)], 4, ask)
+            ask = [functools.partial(question, rank) for question in (unsupported, scales)]
+            self.workers[rank] = Worker(config, group, self.engines[rank], [("m", 2)], 4, *ask)
 
         self.run(make)
 
