@@ -16,10 +16,11 @@ Scales = dict[str, float]
 """By a text that names model, layer and tensor."""
 
 
-def scales_of(states: list[Any], slots: int) -> Scales:
-    """Those of registered models (vLLM's `EplbModelState`s) on this rank."""
+def scales_of(states: list[Any], ranks: int) -> Scales:
+    """Those of registered models (vLLM's `EplbModelState`s) on this rank, one of `ranks`."""
     found: Scales = {}
     for state in states:
+        slots = state.physical_to_logical_map.shape[1] // ranks
         for number, layer in enumerate(getattr(state.model, "moe_layers", ())):
             held = getattr(layer, "routed_experts", layer)
             scales = shared_scales(held, state.model.expert_weights[number], slots)

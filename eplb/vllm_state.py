@@ -106,7 +106,7 @@ class FlashState:
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
         unsupported = functools.partial(self._unsupported, states, ranks)
-        scales = functools.partial(scales_of, states, engine.placement.shape[2])
+        scales = functools.partial(scales_of, states, ranks)
         self.worker = Worker(
             self.config, group, engine, engine.models, experts, unsupported, scales
         )

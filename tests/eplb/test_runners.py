@@ -179,6 +179,6 @@ def test_what_the_models_support_is_asked_anew_after_updates(vllm, monkeypatch):
     monkeypatch.setattr(vllm.state.balanced, "group_of", lambda *arguments: None)
     monkeypatch.setattr("flash_eplb.eplb.worker.Worker", lambda *given: made.append(given))
     state._make_worker(is_dummy=True)
-    *_, experts, unsupported = made[0]
+    *_, experts, unsupported, _ = made[0]
     assert experts == 4
     assert unsupported() == "w of MoE layer 0 would stay behind"

@@ -59,5 +59,7 @@ def test_scales_are_named_by_model_layer_and_tensor():
     model = SimpleNamespace(
         expert_weights=[[layer.w13_weight]], moe_layers=[SimpleNamespace(routed_experts=layer)]
     )
-    found = scales_of([SimpleNamespace(model_name="m", model=model)], 4)
+    physical = torch.zeros(1, 8)
+    state = SimpleNamespace(model_name="m", model=model, physical_to_logical_map=physical)
+    found = scales_of([state], ranks=2)
     assert found == {"m: w13_input_scale of MoE layer 0": 0.5}
