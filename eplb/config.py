@@ -212,8 +212,9 @@ def _spellings() -> dict[str, list[str]]:
 
 def twice_set() -> list[str]:
     """What to say of settings that the environment has in two spellings, a sentence for each."""
+    spellings = _spellings()
     settings = (PREFIX + name.upper() for name in Config.model_fields)
-    several = (found for name in settings if len(found := _spellings().get(name, [])) > 1)
+    several = (found for name in settings if len(found := spellings.get(name, [])) > 1)
     return [f"{' and '.join(found)} are one setting: {found[-1]} counts" for found in several]
 
 

@@ -31,8 +31,12 @@ def agree_on_forms(group: Group, weights: Sequence[Sequence[Stack]]) -> None:
         UnsupportedError: on all ranks; names the first tensor that differs.
     """
     mine: list[list[str]] = []
-    group.together(lambda: mine.extend(_of_layer(*pair) for pair in enumerate(weights)))
-    group.together(lambda: _check_apart(weights))
+
+    def look() -> None:
+        mine.extend(_of_layer(*pair) for pair in enumerate(weights))
+        _check_apart(weights)
+
+    group.together(look)
     digests = group.gather([xxhash.xxh3_64_intdigest(repr(layer).encode()) for layer in mine])
     for number, layer in enumerate(mine):
         if any(theirs[number] != digests[0][number] for theirs in digests):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..loaders.vllm_engine import expert_layers
 from .derived import shared_scales
 from .group import Group, UnsupportedError
 
@@ -21,10 +22,8 @@ def scales_of(states: list[Any], ranks: int) -> Scales:
     found: Scales = {}
     for state in states:
         slots = state.physical_to_logical_map.shape[1] // ranks
-        for number, layer in enumerate(getattr(state.model, "moe_layers", ())):
-            held = getattr(layer, "routed_experts", layer)
-            scales = shared_scales(held, state.model.expert_weights[number], slots)
-            for name, scale in scales.items():
+        for number, (layer, moved) in enumerate(expert_layers(state.model)):
+            for name, scale in shared_scales(layer, moved, slots).items():
                 found[f"{state.model_name}: {name} of MoE layer {number}"] = scale
     return found
 

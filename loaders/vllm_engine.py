@@ -39,7 +39,9 @@ class VllmEngine:
         ]
         moved = [(getattr(state, "communicator", None), layer) for state, layer in self._where]
         self.communicators: list[tuple[Any, int]] = moved if all(c for c, _ in moved) else []
-        self._lying = [_lying(*pair) for state in model_states for pair in _layers(state.model)]
+        self._lying = [
+            _lying(*pair) for state in model_states for pair in expert_layers(state.model)
+        ]
         maps = [state.physical_to_logical_map.cpu().numpy() for state in model_states]
         physical = np.concatenate(maps).astype(np.int32)
         self.placement = physical.reshape(len(physical), ranks, -1)
@@ -83,7 +85,7 @@ class VllmEngine:
         return live, values
 
 
-def _layers(model: Any) -> list[tuple[Any, list[Stack]]]:
+def expert_layers(model: Any) -> list[tuple[Any, list[Stack]]]:
     """(vLLM's layer of routed experts, None if it is not known; what it has handed out)."""
     layers = list(getattr(model, "moe_layers", ()))
     if len(layers) != len(model.expert_weights):
