@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .layer import FAST, INLINE, width
+from .layer import FAST, INLINE
 
 NEAR, FAR, FARTHEST = 1 / 32, 1 / 8, 1 / 2
 """Amounts of heat for which the harm to a rank is measured, as shares of the heaviest replica."""
@@ -15,16 +15,15 @@ NEAR, FAR, FARTHEST = 1 / 32, 1 / 8, 1 / 2
 def measure_all(layer, heaviest):
     """`measure_rank` for every rank."""
     for rank in range(len(layer.placement)):
-        measure_rank(layer.top, layer.loads, layer.harm, layer.head, rank, heaviest)
+        measure_rank(layer.top, layer.loads, layer.harm, rank, heaviest)
 
 
 @njit(**FAST)
-def measure_rank(top, loads, harm, head, rank, heaviest):
-    """Set harm[rank] and head[rank] from the loads; `heaviest` is the heat of a replica.
+def measure_rank(top, loads, harm, rank, heaviest):
+    """Set harm[rank] from the loads; `heaviest` is the heat of a replica.
 
     What more heat in every episode costs is convex and piecewise linear. Two lines stand for it:
     harm[rank] has the slope of each and the heat at which it begins, and last the harm of FAR.
-    head[rank, q] is the room under the peak in each stretch of episodes, added up.
     """
     episodes = loads.shape[1]
     near, far = np.float32(NEAR) * heaviest, np.float32(FAR) * heaviest
@@ -39,14 +38,6 @@ def measure_rank(top, loads, harm, head, rank, heaviest):
     harm[rank, 0], harm[rank, 1] = _line(near, one, far, two)
     harm[rank, 2], harm[rank, 3] = _line(far, two, farthest, three)
     harm[rank, 4] = two
-    stretches = head.shape[1]
-    long = width(episodes, stretches)
-    for q in range(stretches):
-        first = np.uintp(q * long)
-        total = np.float32(0)
-        for t in range(min(long, episodes - q * long)):
-            total += top[0, first + np.uintp(t)] - loads[rank, first + np.uintp(t)]
-        head[rank, q] = total
 
 
 @njit(**INLINE)
@@ -63,16 +54,6 @@ def harm_of(harm, rank, more):
     high = harm[rank, 2] * (more - harm[rank, 3])
     high = high if high > low else low
     return high if high > 0 else np.float32(0)
-
-
-@njit(**INLINE)
-def overflow(coarse, head, rank, expert, share, other_expert, other_share):
-    """Heat above the room of `rank`, over all stretches, if it takes the one for the other."""
-    total = np.float32(0)
-    for q in range(head.shape[1]):
-        over = coarse[expert, q] * share - coarse[other_expert, q] * other_share - head[rank, q]
-        total += over if over > 0 else np.float32(0)
-    return total
 
 
 @njit(**FAST)

@@ -15,6 +15,9 @@ from .swaps import even_out, lay_out, lay_out_again, new_desk, swap_one
 REPLACES = 2
 """Changes of replica counts before each sweep of swaps."""
 
+REPLACES_CHECKED = 12
+"""Changes of replica counts that are evaluated exactly, at most: they take longer than swaps."""
+
 HOT = 16
 """Experts that are considered for one more replica: those it would relieve most."""
 
@@ -51,7 +54,7 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         measure_all(layer, heaviest)
         steps = 0
         for _ in range(REPLACES if swaps == 0 else 0):
-            spent = _replace_one(layer, price, room, checks, least)
+            spent = _replace_one(layer, price, room, min(checks, REPLACES_CHECKED), least)
             if spent == _NONE:
                 break
             room -= spent
@@ -64,14 +67,14 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         for rank in _by_margin(layer, WORTHWHILE * least):
             if stuck[rank]:
                 continue
-            other, spent = swap_one(layer, rank, n, price, room, desk, least)
+            other, spent = swap_one(layer, rank, n, price, room, checks, desk, least)
             stuck[rank] = other < 0
             if other >= 0:
                 room -= spent
                 swaps += 1
                 stuck[other] = False
                 for changed in (rank, other):
-                    measure_rank(layer.top, layer.loads, layer.harm, layer.head, changed, heaviest)
+                    measure_rank(layer.top, layer.loads, layer.harm, changed, heaviest)
                 lay_out_again(layer, others, rank, other, desk)
         if steps + swaps == 0:
             if even_out(layer, price, room, 0.0) == 0:

@@ -35,7 +35,6 @@ class Layer(NamedTuple):
         top: float32[3, T], the three highest loads of each episode.
         at: int32[3, T], the ranks that bear them.
         harm: float32[R, 5], see `estimate.measure_rank`.
-        head: float32[R, Q], mean room under the highest load in each stretch.
     """
 
     heat: np.ndarray
@@ -51,11 +50,10 @@ class Layer(NamedTuple):
     top: np.ndarray
     at: np.ndarray
     harm: np.ndarray
-    head: np.ndarray
 
 
 STRETCHES = 16
-"""Stretches of episodes for which the room of a rank is known."""
+"""Stretches of episodes in `coarse`."""
 
 BLOCK = 16
 """Floats in a cache line."""
@@ -117,7 +115,6 @@ def new_layer(by_episode, home, ranks, slots):
         np.empty((3, episodes), np.float32),
         np.empty((3, episodes), np.int32),
         np.empty((ranks, 5), np.float32),
-        np.empty((ranks, coarse.shape[1]), np.float32),
     )
 
 

@@ -46,6 +46,7 @@ class Effort(NamedTuple):
         deviations: standard deviations over its mean at which an expert's heat is reckoned;
             one family of replica counts for each.
         slacks: see `counts.replica_counts`; one vector of each family for each.
+        heavy: share of the ranks that an expert must need so that slacks above the first are tried.
         starts: vectors of counts, the best of all, that are placed and improved.
         checks, partners, sweeps, least: of `improve.improve`.
         episodes: most episodes to search on; more of them are merged.
@@ -54,6 +55,7 @@ class Effort(NamedTuple):
 
     deviations: np.ndarray
     slacks: np.ndarray
+    heavy: float
     starts: int
     checks: int
     partners: int
@@ -227,7 +229,7 @@ def from_scratch(layer, today, effort, terms, best, found):
     ranks, slots = layer.placement.shape
     first = np.empty((ranks, slots), np.int32)
     lowest = np.inf
-    vectors, cautions = _count_vectors(layer, effort)
+    vectors, cautions = _best_vectors(layer, effort)
     race = effort.sweeps if len(vectors) == 1 else min(RACE, effort.sweeps)
     for i in range(len(vectors)):
         placement = place(layer.coarse, vectors[i], ranks, slots)[0]
@@ -291,11 +293,28 @@ def _disturb(layer, draw):
 
 
 @njit(**FAST)
-def _count_vectors(layer, effort):
+def _best_vectors(layer, effort):
     """The `effort.starts` best vectors of replica counts: (int32[n, E], PAR that each must win)."""
     ranks, slots = layer.placement.shape
-    experts, episodes = layer.heat.shape
+    vectors, cautions = _count_vectors(layer, effort)
+    if len(vectors) == 1:
+        return vectors, cautions
     merged = merge(layer.coarse, SCORED)
+    scores = cautions.copy()
+    for i in range(len(vectors)):
+        scores[i] += place(merged, vectors[i], ranks, slots)[1]
+    order = np.argsort(scores)[: effort.starts]
+    return vectors[order], cautions[order]
+
+
+@njit(**FAST)
+def _count_vectors(layer, effort):
+    """All different vectors of replica counts: (int32[n, E], PAR that each must win).
+
+    Where no expert needs many replicas another slack changes little.
+    """
+    ranks, slots = layer.placement.shape
+    experts, episodes = layer.heat.shape
     weights = np.empty(experts, np.float32)
     spread = np.empty(experts, np.float32)
     for expert in range(experts):
@@ -306,7 +325,6 @@ def _count_vectors(layer, effort):
     caution = np.float32(CAUTION * max(1.0, TELLING / episodes))
     most = len(effort.deviations) * len(effort.slacks)
     vectors = np.empty((most, experts), np.int32)
-    scores = np.empty(most, np.float32)
     cautions = np.empty(most, np.float32)
     n = 0
     for deviation in effort.deviations:
@@ -314,6 +332,8 @@ def _count_vectors(layer, effort):
             weights[expert] = layer.mean[expert] + np.float32(deviation) * spread[expert]
         threshold = least_threshold(weights, ranks * slots, ranks)
         for slack in effort.slacks:
+            if n > 0 and vectors[0].max() < effort.heavy * ranks:
+                break
             counts = replica_counts(weights, ranks * slots, ranks, threshold, np.float32(slack))
             known = False
             for i in range(n):
@@ -321,10 +341,8 @@ def _count_vectors(layer, effort):
             if not known:
                 vectors[n] = counts
                 cautions[n] = caution * (slack - 1)
-                scores[n] = place(merged, counts, ranks, slots)[1] + cautions[n]
                 n += 1
-    order = np.argsort(scores[:n])[: effort.starts]
-    return vectors[order], cautions[order]
+    return vectors[:n], cautions[:n]
 
 
 @njit(**FAST)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .estimate import enter, overflow
 from .layer import FAST, INLINE, swap, swap_gain
 
 SLIGHT = 0.5
@@ -23,25 +22,33 @@ PARTNERS = 8
 EVEN_ENOUGH = 1e-7
 """Square of the difference from the mean load, as a share of it, that is not worth a swap."""
 
-
 MOST_PEAKS = 6
 """Episodes, those with most margin, that an estimate looks at."""
+
+LANES = 16
+"""Parts of a slot's estimates; of each part only the best is checked."""
+
+NOTHING = np.float32(-1e30)
+"""Worth of what is no swap."""
 
 
 class Desk(NamedTuple):
     """Room to work in for `swap_one`, made once; n slots of other ranks may be swapped with.
+
+    Estimates are made for m slots of the rank, and n is rounded up to whole LANES there.
 
     Attributes:
         slots: int32[3, n], rank, slot and expert of each.
         mean: float32[n], its heat in an average episode.
         harm: float32[4, n], the two lines of the harm to its rank.
         units: float32[MOST_PEAKS, n], its heat in each of `peaks`.
-        worth: float32[n], what it is likely to win in place of the slot at hand.
+        worth: float32[m, n], what it is likely to win in place of a slot of the rank.
+        best: float32[m, LANES], the most of every LANES-th of these.
+        tops: float32[m], the most of all of a row.
         peaks: int32[MOST_PEAKS], episodes of which the rank is the peak.
         margins: float32[MOST_PEAKS], how far it is above the next rank there.
         hopes: float32[S], the most that each slot of the rank can win.
-        gains: float32[checks], estimates of the best candidates.
-        steps: int32[checks, 3], what they are.
+        rows: int32[m], those slots of the rank.
     """
 
     slots: np.ndarray
@@ -49,29 +56,31 @@ class Desk(NamedTuple):
     harm: np.ndarray
     units: np.ndarray
     worth: np.ndarray
+    best: np.ndarray
+    tops: np.ndarray
     peaks: np.ndarray
     margins: np.ndarray
     hopes: np.ndarray
-    gains: np.ndarray
-    steps: np.ndarray
+    rows: np.ndarray
 
 
 @njit(**FAST)
 def new_desk(layer, partners, checks):
-    """A desk for swaps of any rank of `layer` with `partners` others."""
+    """A desk for swaps of up to `checks` slots of any rank of `layer` with `partners` others."""
     ranks, slots = layer.placement.shape
-    n = min(partners, ranks) * slots
+    n, m = min(partners, ranks) * slots, min(checks, slots)
     return Desk(
         np.empty((3, n), np.int32),
         np.empty(n, np.float32),
         np.empty((4, n), np.float32),
         np.empty((MOST_PEAKS, n), np.float32),
-        np.empty(n, np.float32),
+        np.full((m, -(-n // LANES) * LANES), NOTHING),
+        np.empty((m, LANES), np.float32),
+        np.empty(m, np.float32),
         np.empty(MOST_PEAKS, np.int32),
         np.empty(MOST_PEAKS, np.float32),
         np.empty(slots, np.float32),
-        np.empty(checks, np.float32),
-        np.empty((checks, 3), np.int32),
+        np.empty(m, np.int32),
     )
 
 
@@ -148,41 +157,55 @@ def _look_at_peaks(layer, rank, n, peaks, desk):
 
 
 @njit(**FAST)
-def swap_one(layer, rank, n, price, room, desk, least):
-    """Carry out the best swap of `rank` with a slot on the desk: (that rank or -1, moves spent)."""
-    placement, home = layer.placement, layer.home
+def swap_one(layer, rank, n, price, room, checks, desk, least):
+    """Carry out the best swap of `rank` with a slot on the desk: (that rank or -1, moves spent).
+
+    Of all estimates the `checks` best are checked by their exact gain.
+    """
+    placement, home, held = layer.placement, layer.home, layer.held
+    least = np.float32(least)
     peaks, factor = _find_peaks(layer, rank, desk)
     _look_at_peaks(layer, rank, n, peaks, desk)
-    filled = 0
-    for _ in range(min(placement.shape[1], len(desk.gains))):
+    rows = 0
+    while rows < len(desk.rows):
         slot = desk.hopes.argmax()
-        bar = desk.gains[filled - 1] if filled == len(desk.gains) else np.float32(least)
-        if desk.hopes[slot] * factor <= bar:
+        if desk.hopes[slot] * factor <= least:
             break
         desk.hopes[slot] = -1
-        _weigh_slots(layer, rank, placement[rank, slot], n, peaks, factor, desk)
-        if price > 0:
-            _charge_moves(layer, rank, placement[rank, slot], n, price, desk)
-        filled = _enter_best(layer, rank, slot, n, room, desk, filled, np.float32(least))
-    best, chosen, spent = np.float32(least), -1, 0
-    for i in range(filled):
-        slot, other, other_slot = desk.steps[i, 0], desk.steps[i, 1], desk.steps[i, 2]
-        a, b = placement[rank, slot], placement[other, other_slot]
+        desk.rows[rows] = slot
+        _weigh_slots(layer, rank, placement[rank, slot], n, peaks, factor, desk, rows)
+        if price > 0 or room < 2:
+            _charge_moves(layer, rank, placement[rank, slot], n, price, room, desk, rows)
+        desk.tops[rows] = _find_best(desk, rows)
+        rows += 1
+    most, spent, chosen, chosen_slot = least, 0, -1, -1
+    while checks > 0 and rows > 0:
+        row = 0
+        for i in range(1, rows):
+            row = i if desk.tops[i] > desk.tops[row] else row
+        if not desk.tops[row] > most:
+            break
+        j = _take_best(desk, row)
+        slot, other = desk.rows[row], desk.slots[0, j]
+        a, b = placement[rank, slot], desk.slots[2, j]
+        if held[other, a] or held[rank, b]:  # that is all slots of the rank itself, too
+            continue
+        checks -= 1
         moves = home[rank, a] + home[other, b] - home[other, a] - home[rank, b]
         gain = swap_gain(layer, rank, a, other, b) - price * moves
-        if gain > best:
-            best, chosen, spent = gain, i, moves
+        if gain > most:
+            most, spent, chosen, chosen_slot = gain, moves, j, slot
     if chosen < 0:
         return -1, 0
-    other = desk.steps[chosen, 1]
-    swap(layer, rank, desk.steps[chosen, 0], other, desk.steps[chosen, 2])
+    other = desk.slots[0, chosen]
+    swap(layer, rank, chosen_slot, other, desk.slots[1, chosen])
     return other, spent
 
 
 @njit(**INLINE)
-def _weigh_slots(layer, rank, expert, n, peaks, factor, desk):
-    """Set worth[j]: what it is likely to win if `expert` makes way for slot j's on `rank`."""
-    worth, share = desk.worth, layer.share[expert]
+def _weigh_slots(layer, rank, expert, n, peaks, factor, desk, row):
+    """Set worth[row, j]: what it is likely to win if `expert` makes way for slot j's on `rank`."""
+    worth, share = desk.worth[row], layer.share[expert]
     for j in range(n):
         worth[j] = 0
     for i in range(peaks):
@@ -204,42 +227,52 @@ def _weigh_slots(layer, rank, expert, n, peaks, factor, desk):
 
 
 @njit(**INLINE)
-def _charge_moves(layer, rank, expert, n, price, desk):
-    """Take the price of the moves that a swap costs from what it is worth."""
+def _charge_moves(layer, rank, expert, n, price, room, desk, row):
+    """Take the price of the moves that a swap costs from what it is worth, if it has room."""
     home = layer.home
     for j in range(n):
         other, arriving = desk.slots[0, j], desk.slots[2, j]
         moves = home[rank, expert] - home[other, expert]
         moves += home[other, arriving] - home[rank, arriving]
-        desk.worth[j] -= price * moves
+        worth = desk.worth[row, j] - price * moves
+        desk.worth[row, j] = worth if moves <= room else NOTHING
 
 
 @njit(**INLINE)
-def _enter_best(layer, rank, slot, n, room, desk, filled, least):
-    """Enter the best swaps of `slot` by `worth` among the candidates; how many these are then."""
-    worth, home, held, share = desk.worth, layer.home, layer.held, layer.share
-    a = layer.placement[rank, slot]
-    left = int(np.sqrt(len(desk.gains)))
-    while left > 0:
-        most = least
-        for j in range(n):
-            most = worth[j] if worth[j] > most else most
-        if most <= (desk.gains[filled - 1] if filled == len(desk.gains) else least):
-            break
-        j = 0
-        while worth[j] != most:
-            j += 1
-        worth[j] = 0
-        other, b = desk.slots[0, j], desk.slots[2, j]
-        if held[other, a] or held[rank, b]:  # that is all slots of the rank itself, too
-            continue
-        left -= 1
-        moves = home[rank, a] - home[other, a] + home[other, b] - home[rank, b]
-        over = overflow(layer.coarse, layer.head, other, a, share[a], b, share[b])
-        gain = most - over
-        if gain > least and moves <= room:
-            filled = enter(desk.gains, desk.steps, filled, gain, slot, other, desk.slots[1, j])
-    return filled
+def _find_best(desk, row):
+    """Set best[row]; the most of it."""
+    worth, best = desk.worth[row], desk.best[row]
+    for lane in range(LANES):
+        best[lane] = worth[lane]
+    for block in range(LANES, len(worth), LANES):
+        first = np.uintp(block)
+        for lane in range(LANES):
+            value = worth[first + np.uintp(lane)]
+            best[lane] = value if value > best[lane] else best[lane]
+    return _most(best)
+
+
+@njit(**INLINE)
+def _take_best(desk, row):
+    """The place of the best estimate of a row, which does not count from now on."""
+    worth, best, top = desk.worth[row], desk.best[row], desk.tops[row]
+    lane = 0
+    while lane < LANES - 1 and best[lane] != top:
+        lane += 1
+    j = lane
+    while j < len(worth) - LANES and worth[j] != top:
+        j += LANES
+    best[lane] = NOTHING
+    desk.tops[row] = _most(best)
+    return j
+
+
+@njit(**INLINE)
+def _most(lanes):
+    most = NOTHING
+    for lane in range(LANES):
+        most = lanes[lane] if lanes[lane] > most else most
+    return most
 
 
 @njit(**FAST)

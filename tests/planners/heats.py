@@ -96,7 +96,7 @@ def windows(draw, layers, experts, most_episodes=70):
     A layer may have no tokens at all; so may an episode.
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    episodes = draw(st.integers(1, 8) | st.integers(1, most_episodes))
+    episodes = draw(st.integers(1, min(8, most_episodes)) | st.integers(1, most_episodes))
     tokens = draw(st.sampled_from([20, 500, 20_000, 10**7]))
     skews = [draw(st.sampled_from([0, 0.4, 1, 1.5, 3])) for _ in range(layers)]
     popularity = np.concatenate([zipf(rng, 1, experts, skew) for skew in skews])

@@ -87,17 +87,20 @@ def test_earlier_windows_make_plans_from_few_tokens_better():
 
 
 def test_what_came_before_a_change_is_not_remembered_again_where_tokens_are_few():
-    rng = np.random.default_rng(0)
-    before, after = zipf(rng, 1, 128, 0.8), zipf(rng, 1, 128, 0.8)
-    heat = np.concatenate([window(rng, before, 192, 60), window(rng, after, 176, 60)])
-    unseen = window(rng, after, 400, 60)
-    planner, placement, found = FlashLB(16, 9), initial(1, 16, 9, 128), []
-    for now in range(64, len(heat), 8):
-        placement = planner.plan(heat[now - 64 : now], placement).placement
-        found.append(ratios(unseen, placement)[0])
-    known = found[-13]  # 72 episodes after the change
-    assert known < 0.8 * found[(192 - 64) // 8]
-    assert max(found[-13:]) < known + 0.02
+    left = []  # of the PAR, over three models: one alone says little
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        before, after = zipf(rng, 1, 128, 0.8), zipf(rng, 1, 128, 0.8)
+        heat = np.concatenate([window(rng, before, 192, 60), window(rng, after, 176, 60)])
+        unseen = window(rng, after, 400, 60)
+        planner, placement, found = FlashLB(16, 9), initial(1, 16, 9, 128), []
+        for now in range(64, len(heat), 8):
+            placement = planner.plan(heat[now - 64 : now], placement).placement
+            found.append(ratios(unseen, placement)[0])
+        known = found[-13]  # 72 episodes after the change
+        left.append(known / found[(192 - 64) // 8])
+        assert max(found[-13:]) < known + 0.02
+    assert np.mean(left) < 0.8
 
 
 def test_windows_that_overlap_give_the_plans_of_their_episodes_once():

@@ -286,9 +286,8 @@ def test_above_the_floor_a_promise_does_not_stand_in_the_way():
         assert bool(later) == (floor < 0.5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_few_tokens_that_drift_are_followed_with_few_moves(seed, monkeypatch):
-    def excess_and_moves():
+def test_few_tokens_that_drift_are_followed_with_few_moves(monkeypatch):
+    def excess_and_moves(seed):
         rng = np.random.default_rng(seed)
         popularity, placement = zipf(rng, 2, 64, 0.6), initial(2, 8, 9, 64)
         planner, excess, moves = FlashLB(8, 9), [], []
@@ -304,8 +303,9 @@ def test_few_tokens_that_drift_are_followed_with_few_moves(seed, monkeypatch):
             moves.append(len(plan.moves) / placement.size)
         return np.mean(excess[1:]), np.mean(moves[1:])
 
-    ours, moves = excess_and_moves()
-    assert moves < 0.25
+    ours = np.array([excess_and_moves(seed) for seed in range(3)])
+    assert ours[:, 1].max() < 0.25
     none = np.zeros(2)
     monkeypatch.setattr(flashlb, "forecast", lambda heat, past, span: (heat, none))
-    assert ours < 0.9 * excess_and_moves()[0]
+    without = [excess_and_moves(seed)[0] for seed in range(3)]
+    assert ours[:, 0].mean() < 0.9 * np.mean(without)
