@@ -82,7 +82,7 @@ class FlashLB:
         max_columns: int = 1024,
         min_excess: float = 0.02,
         min_gain: float = 0.01,
-        move_price: float = 0.05,
+        move_price: float = 0.06,
         floor: float = 0.05,
         tolerance: float = 0.02,
         half_life: float = 64,
@@ -301,9 +301,10 @@ class FlashLB:
     ) -> Iterator[Offer]:
         """The offers that fit `room` moves and max_layers, and parts of some that do not fit.
 
-        What room is left is for first moves that cost balance until others follow.
+        What room is left is for first moves that cost balance until others follow. What was begun
+        and leads no further, for all the room there is, stays at that.
         """
-        layers, tries = 0, PARTS
+        whole, layers, tries = room, 0, PARTS
         stuck: list[Offer] = []
         for costly in (False, True):
             for offer in stuck if costly else offers:
@@ -314,6 +315,8 @@ class FlashLB:
                         parts = self._parts(window, before, offer, terms, room, costly)
                         if not parts and not costly:
                             stuck.append(offer)
+                        elif not parts and room == whole and offer.layer in self._going:
+                            self._promises.settle(offer.layer, float(before[offer.layer]))
                     tries -= 1
                 for part in parts:
                     if layers == self.max_layers:

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.forecast import forecast
+from flash_eplb.planners.memory import MERGED
 
 LIMITS = st.sampled_from([None] * 8 + [0, 1, 2, 3, 5, 20])
 
@@ -30,10 +32,18 @@ def cases(draw, shape):
     return *heats, placement, (ranks, slots, experts)
 
 
-def assert_fit(plan, heat, today, most_columns, columns=None):
+def wins_on(tokens, every_layer, limits):
+    """Whether a plan wins on the heat that is given: one part of a plan may cost balance that the
+    next wins back, and where counts are largely chance it is for what is to be expected."""
+    tokens = tokens.astype(np.float64)
+    is_cut = any(limit is not None for limit in limits)
+    return every_layer or not (is_cut or forecast(tokens, tokens[:0], MERGED)[1].any())
+
+
+def assert_fit(plan, heat, today, most_columns, columns=None, wins=True):
     experts = heat.shape[2]
     assert_leads(plan, today, experts)
-    assert_measured(plan, heat, columns)
+    assert_measured(plan, heat, columns, wins)
     for rows in (1, 3):
         assert_rounds(plan, rows, experts)
     if most_columns:
@@ -78,7 +88,8 @@ def check_two_plans(case, data, efforts):
     for tokens in (heat, later):
         limit, every_layer = data.draw(LIMITS), data.draw(st.booleans())
         plan = planner.plan(tokens, placement, every_layer, limit)
-        assert_fit(plan, tokens, placement, most_columns, columns)
+        wins = wins_on(tokens, every_layer, (moves, limit))
+        assert_fit(plan, tokens, placement, most_columns, columns, wins)
         assert_bounded(plan, (moves, limit), layers)
         if not most_columns:
             assert (np.diff(gains_per_move(plan)) <= 1e-9).all()
