@@ -34,8 +34,10 @@ def check_placement(placement: np.ndarray, experts: int) -> None:
     """
     placement = _as_slots(placement)
     _check_range(placement, experts)
-    _check_twice(placement)
-    _check_missing(placement, experts)
+    slots = np.ascontiguousarray(placement, np.int32)
+    if not _are_complete(slots, np.ones(len(slots), np.bool_), experts):
+        _check_twice(placement)
+        _check_missing(placement, experts)
 
 
 @njit(cache=True)

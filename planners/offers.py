@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 
 import numpy as np
 
@@ -53,22 +52,14 @@ class Finder:
         found, moves = self.find(window, layers, terms)
         columns = self._proved_columns(window, found, layers, terms)
         after, _ = self.measure(window.tokens, found, layers, columns)
-        gains = before[layers] - after
-        prices = np.where(window.settled[layers], 1, FIRST_SHARE) * terms.price
-        pays = np.flatnonzero((moves > 0) & (gains > prices * moves))
-        order = pays[np.argsort(-gains[pays] / moves[pays], kind="stable")]
-        return [
-            Offer(
-                layer=int(layers[i]),
-                placement=found[i],
-                columns=columns[i],
-                par=float(after[i]),
-                gain=float(gains[i]),
-                moves=int(moves[i]),
-                promise=float(after[i]),
-            )
-            for i in order
-        ]
+        offers = []
+        for i, layer in enumerate(layers.tolist()):
+            gain = float(before[layer] - after[i])
+            price = terms.price * (1 if window.settled[layer] else FIRST_SHARE)
+            if moves[i] and gain > price * moves[i]:
+                par = float(after[i])
+                offers.append(Offer(layer, found[i], columns[i], par, gain, int(moves[i]), par))
+        return sorted(offers, key=lambda offer: -offer.gain / offer.moves)
 
     def part(
         self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
@@ -121,11 +112,11 @@ class Finder:
         """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
         found = np.empty((len(layers), self._ranks, self._slots), np.int32)
         moves = np.empty(len(layers), np.int64)
-        for kept, settled, alike in product((False, True), repeat=3):
-            mine = (window.kept[layers] == kept) & (window.settled[layers] == settled)
-            mine &= window.alike[layers] == alike
-            if not mine.any():
-                continue
+        kinds = np.column_stack([window.kept, window.settled, window.alike])[layers]
+        rows: dict[tuple[bool, ...], list[int]] = {}
+        for row, kind in enumerate(kinds.tolist()):
+            rows.setdefault(tuple(kind), []).append(row)
+        for (kept, settled, alike), mine in rows.items():
             heat, weights = window.with_past() if alike else window.alone()
             price = terms.price * (1 if settled else FIRST_SHARE)
             far_price = price * (FAR if settled and not window.anew else 1)
@@ -137,7 +128,7 @@ class Finder:
             def work(part: np.ndarray, search=search, rest=rest) -> None:
                 found[part], moves[part] = search(layers[part], *rest)
 
-            spread(self._threads, work, np.flatnonzero(mine))
+            spread(self._threads, work, np.array(mine))
         return found, moves
 
     def measure(

@@ -199,10 +199,7 @@ def plan_between(
 def align_all(before: np.ndarray, wanted: np.ndarray, experts: int) -> np.ndarray:
     """`align` for int32[layers, ranks, slots], both valid: no checks."""
     placement = wanted.copy()
-    changed = np.flatnonzero((before != wanted).any(axis=(1, 2)))
-    aligned = placement[changed]
-    align_layers(before[changed], aligned, experts)
-    placement[changed] = aligned
+    align_layers(before, placement, experts)
     return placement
 
 

@@ -15,10 +15,11 @@ def schedule(before, placement, layers, rows):
     experts = before.max() + 1 if before.size else 0
     round_of = np.full(before.shape, -1, np.int32)
     used = np.zeros((64, ranks), np.int32)
+    free = np.zeros(ranks, np.int64)
     for layer in layers:
         old = slot_of(before[layer], experts)
         new = slot_of(placement[layer], experts)
-        giver, taker = bonds(old, new)
+        giver, taker = bonds(before[layer], placement[layer], old, new)
         units, sizes, cyclic = units_of(before[layer], placement[layer], giver, taker, new)
         for atomic in (True, False):
             start = 0
@@ -26,7 +27,7 @@ def schedule(before, placement, layers, rows):
                 unit = units[start : start + sizes[i]]
                 start += sizes[i]
                 if cyclic[i] == atomic:
-                    used = _book(unit, atomic, slots, rows, used, round_of[layer])
+                    used = _book(unit, atomic, slots, rows, used, free, round_of[layer])
     return round_of
 
 
@@ -67,20 +68,28 @@ def units_of(before, placement, giver, taker, new):
 
 
 @njit(nogil=True, cache=True)
-def _book(unit, atomic, slots, rows, used, round_of):
-    """Enter a unit's writes into the first rounds with rows to spare; `used` [rounds, ranks]."""
+def _book(unit, atomic, slots, rows, used, free, round_of):
+    """Enter a unit's writes into the first rounds with rows to spare.
+
+    `used` [rounds, ranks] are the rows in use, `free` [ranks] the first round with one to spare.
+    """
     turn = 0
     booked = 0
     while booked < len(unit):
-        if turn == len(used):
+        for write in unit if atomic else unit[booked : booked + 1]:
+            turn = max(turn, free[write // slots])
+        while turn >= len(used):
             used = np.concatenate((used, np.zeros_like(used)))
         fits = booked
         while fits < len(unit) and used[turn, unit[fits] // slots] < rows:
             fits += 1
         if fits == len(unit) or not atomic:
             for write in unit[booked:fits]:
-                used[turn, write // slots] += 1
-                round_of[write // slots, write % slots] = turn
+                rank = write // slots
+                round_of[rank, write % slots] = turn
+                used[turn, rank] += 1
+                while free[rank] < len(used) and used[free[rank], rank] == rows:
+                    free[rank] += 1
             booked = fits
         turn += 1
     return used
@@ -134,20 +143,38 @@ def _nearest_holders(current, writes, experts, near):
     _, ranks, slots = current.shape
     holders = np.empty((len(writes), ranks, 2), np.int32)
     counts = np.zeros(len(writes), np.int32)
+    most = current.max() + 1 if current.size else 0
+    first = np.empty(most, np.int32)  # slot of each expert, then a linked list
+    after = np.empty(ranks * slots, np.int32)
+    listed = -1
     for i in range(len(writes)):
         layer, target, _ = writes[i]
+        if layer != listed:
+            _list_holders(current[layer], first, after)
+            listed = layer
         nearest = 2
-        for rank in range(ranks):
-            for slot in range(slots):
-                if current[layer, rank, slot] != experts[i]:
-                    continue
-                distance = 0 if rank == target else 1 if rank // near == target // near else 2
-                if distance < nearest:
-                    nearest, counts[i] = distance, 0
-                if distance == nearest:
-                    holders[i, counts[i]] = rank, slot
-                    counts[i] += 1
+        at = first[experts[i]]
+        while at >= 0:
+            rank = at // slots
+            distance = 0 if rank == target else 1 if rank // near == target // near else 2
+            if distance < nearest:
+                nearest, counts[i] = distance, 0
+            if distance == nearest:
+                holders[i, counts[i]] = rank, at % slots
+                counts[i] += 1
+            at = after[at]
     return holders, counts
+
+
+@njit(nogil=True, cache=True)
+def _list_holders(placement, first, after):
+    """Link the slots, rank * S + slot, of each expert of int32[R, S] in their order."""
+    ranks, slots = placement.shape
+    first[:] = -1
+    for at in range(ranks * slots - 1, -1, -1):
+        expert = placement[at // slots, at % slots]
+        after[at] = first[expert]
+        first[expert] = at
 
 
 @njit(nogil=True, cache=True)

@@ -26,18 +26,23 @@ def slot_of(placement, experts):
 
 
 @njit(nogil=True, cache=True)
-def bonds(old, new):
-    """(giver, taker)[experts] of each expert that stays on no rank, -1 for the others."""
+def bonds(before, after, old, new):
+    """(giver, taker)[experts] of each expert that stays on no rank, -1 for the others.
+
+    Args:
+        before, after: int32[ranks, slots].
+        old, new: `slot_of` these.
+    """
     ranks, experts = old.shape
     giver = np.full(experts, -1, np.int32)
     taker = np.full(experts, -1, np.int32)
     stays = np.zeros(experts, np.bool_)
     for rank in range(ranks - 1, -1, -1):
-        before, after = old[rank], new[rank]
-        for expert in range(experts):
-            giver[expert] = rank if before[expert] >= 0 else giver[expert]
-            taker[expert] = rank if after[expert] >= 0 else taker[expert]
-            stays[expert] |= (before[expert] >= 0) & (after[expert] >= 0)
+        for expert in before[rank]:
+            giver[expert] = rank
+            stays[expert] |= new[rank, expert] >= 0
+        for expert in after[rank]:
+            taker[expert] = rank
     for expert in range(experts):
         if stays[expert]:
             giver[expert] = taker[expert] = -1
@@ -48,12 +53,14 @@ def bonds(old, new):
 def align_layers(before, placement, experts):
     """Re-slot `placement` [layers, ranks, slots] in place."""
     for layer in range(len(before)):
-        old = slot_of(before[layer], experts)
-        new = slot_of(placement[layer], experts)
-        giver, taker = bonds(old, new)
+        if (before[layer] == placement[layer]).all():
+            continue
+        wanted = placement[layer].copy()
+        old, new = slot_of(before[layer], experts), slot_of(wanted, experts)
+        giver, taker = bonds(before[layer], wanted, old, new)
         heir = np.full(old.shape, -1, np.int32)
         _pair_cycles(giver, taker, heir)
-        _pair_free(before[layer], placement[layer].copy(), old, new, heir)
+        _pair_free(before[layer], wanted, old, new, heir)
         for rank in range(old.shape[0]):
             for slot in range(before.shape[2]):
                 leaving = before[layer, rank, slot]
