@@ -35,6 +35,7 @@ log = logging.getLogger("flash_eplb.planner")
 
 _LOOK_FOR_ENGINE = 0.5
 _LOOK_AT_RANKS = 1.0
+_CLEANING_SECONDS = 2.0  # for the session lock, which the loop waits for
 _LOOKS_BEFORE_HINT = 120
 _LOOKS_BEFORE_REFUSAL = 10  # an engine that is just starting is not ready for a moment
 
@@ -252,9 +253,18 @@ class Planner:
             for rank in group.ranks:
                 rank.plans.take_over(0)  # rounds that no rank has started are void
         else:
-            with session_lock(self._session):
-                removed = remove_dead(self._session)
-            left = f"; removed what it left: {', '.join(removed)}" if removed else ""
-            log.info("the engine is gone%s", left)
+            log.info("the engine is gone")
+            self._clean()
         group.close()
         self._wake.clear()
+
+    def _clean(self) -> None:
+        """Remove what a dead engine left; where that cannot be done the next engine does it."""
+        try:
+            with session_lock(self._session, _CLEANING_SECONDS):
+                removed = remove_dead(self._session)
+        except SegmentError as error:
+            log.warning("what the engine left stays until another starts: %s", error)
+            return
+        if removed:
+            log.info("removed what it left: %s", ", ".join(removed))

@@ -14,8 +14,8 @@ from planner_runs import PACE, SKEWED, planning, run, until
 
 from flash_eplb.ipc.limits import LimitError
 from flash_eplb.ipc.liveness import owner_is_alive
-from flash_eplb.ipc.names import bell_name, planner_name, rank_name
-from flash_eplb.ipc.session import segment_names
+from flash_eplb.ipc.names import bell_name, lock_name, planner_name, rank_name
+from flash_eplb.ipc.session import segment_names, session_lock
 from flash_eplb.ipc.status import Field, State
 from flash_eplb.planners import engine_loop
 from flash_eplb.planners.flashlb import FlashLB
@@ -267,3 +267,31 @@ def test_rows_that_vanish_before_a_plan_begins_are_no_fault_of_the_policy(
     run(scenario())
     assert next(asked, None) is None
     assert "refused" not in caplog.text
+
+
+def test_a_lock_that_is_stuck_when_the_engine_dies_does_not_end_the_planner(
+    session, caplog, monkeypatch
+):
+    monkeypatch.setattr("flash_eplb.planners.planner._CLEANING_SECONDS", 0.1)
+    first = FakeEngine(session)
+
+    async def scenario():
+        async with planning(session):
+            await until(first, lambda: first.epoch >= 1)
+            with session_lock(session):  # as a process of the session that is stopped
+                for rank in first.ranks:  # as if killed: the locks are free, the names stay
+                    os.close(rank.segment._lock_fd)
+                    rank.segment._lock_fd = None
+                while "stays until another starts" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            second = FakeEngine(session)
+            await until(second, lambda: second.epoch >= 1)
+            second.close()
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario(), timeout=30.0)
+    first.bell.close()
+    assert caplog.messages == [
+        f"what the engine left stays until another starts: the lock of session {session!r} "
+        f"(/dev/shm{lock_name(session)}) was held for 0 s; is a process of this session stopped?"
+    ]
