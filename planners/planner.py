@@ -119,7 +119,7 @@ class Planner:
         """Startup, serve engines until `stop`, shut down.
 
         Raises:
-            SegmentInUseError: another planner serves the session.
+            SegmentInUseError: another planner serves the session, or has taken it over.
             LimitError: this process may not open as many files as the engine has ranks.
             PolicyError: the policy cannot be made for the engine that was found.
         """
@@ -219,6 +219,7 @@ class Planner:
             )
             while not self._stopping.is_set() and group.is_alive():
                 await self._next_bell(bell)
+                self._check_own(group)
                 engine.turn()
         finally:
             if bell is not None:
@@ -226,6 +227,14 @@ class Planner:
                 bell.close()
             self._leave(group)
             recorder.close()
+
+    def _check_own(self, group: Group) -> None:
+        """That no other planner serves the engine, which may be if our name was removed."""
+        if any(rank.plans.generation != self._generation for rank in group.ranks):
+            raise SegmentInUseError(
+                f"another planner has taken over the engine of session {self._session!r}: this "
+                f"one's name in /dev/shm ({planner_name(self._session)}) was removed from outside"
+            )
 
     def _open_bell(self, group: Group) -> Doorbell | None:
         """The engine's doorbell, which wakes us; None if it is lost, and looks must do."""
@@ -251,7 +260,8 @@ class Planner:
     def _leave(self, group: Group) -> None:
         if group.is_alive():
             for rank in group.ranks:
-                rank.plans.take_over(0)  # rounds that no rank has started are void
+                if rank.plans.generation == self._generation:
+                    rank.plans.take_over(0)  # rounds that no rank has started are void
         else:
             log.info("the engine is gone")
             self._clean()

@@ -10,10 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
-from planner_runs import PACE, SKEWED, planning, run, until
+from planner_runs import OTHER, PACE, SKEWED, planning, run, until
 
 from flash_eplb.ipc.limits import LimitError
-from flash_eplb.ipc.liveness import owner_is_alive
+from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
 from flash_eplb.ipc.names import bell_name, lock_name, planner_name, rank_name
 from flash_eplb.ipc.session import segment_names, session_lock
 from flash_eplb.ipc.status import Field, State
@@ -295,3 +295,17 @@ def test_a_lock_that_is_stuck_when_the_engine_dies_does_not_end_the_planner(
         f"what the engine left stays until another starts: the lock of session {session!r} "
         f"(/dev/shm{lock_name(session)}) was held for 0 s; is a process of this session stopped?"
     ]
+
+
+def test_a_planner_whose_name_was_removed_makes_room_for_another(session, engine):
+    async def scenario():
+        first = asyncio.create_task(Planner(session, FlashLB, PACE).run())
+        await until(engine, lambda: engine.epoch >= 1)
+        os.unlink("/dev/shm" + planner_name(session))
+        async with planning(session):
+            with pytest.raises(SegmentInUseError, match=r"has taken over .* removed from outside"):
+                await first
+            epoch = engine.epoch
+            await until(engine, lambda: engine.epoch > epoch, OTHER)
+
+    run(scenario(), timeout=30.0)
