@@ -119,6 +119,11 @@ class Config(BaseSettings):
         description="DEBUG, INFO, WARNING or ERROR",
     )
 
+    @property
+    def bell_steps(self) -> int:
+        """Steps from one bell to the next: an episode, or less where the ring would be overrun."""
+        return min(self.episode_steps, self.ring_steps // 2)
+
     @field_validator("session")
     @classmethod
     def _session(cls, value: str) -> str:

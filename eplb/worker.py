@@ -168,7 +168,7 @@ class Worker:
         if late != self._late:
             self._late = late
             status[Field.HEAT_MERGED], status[Field.HEAT_DROPPED] = late
-        if self._bell is not None and (committed or self._step % self._config.episode_steps == 0):
+        if self._bell is not None and (committed or self._step % self._config.bell_steps == 0):
             self._bell.ring()
             assert self._watch is not None
             self._watch.look()

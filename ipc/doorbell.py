@@ -1,9 +1,10 @@
 """The doorbell: a FIFO in /dev/shm whose descriptor an event loop can watch.
 
-Owner: the worker of EP rank 0 creates and unlinks it. It rings once per episode and per commit and
-never waits: a full FIFO means that bells are there already, so no wake-up is lost. Both ends open
-it for reading and writing: bells that nobody takes stay in it for as long as the worker lives, and
-neither end is told of the other's death by an error, for the lock of the segment tells that.
+Owner: the worker of EP rank 0 creates and unlinks it. It rings once per episode (more often where
+the ring holds less than two) and per commit, and never waits: a full FIFO means that bells are
+there already, so no wake-up is lost. Both ends open it for reading and writing: bells that nobody
+takes stay in it for as long as the worker lives, and neither end is told of the other's death by an
+error, for the lock of the segment tells that.
 
 A FIFO wakes its reader sooner than a message queue does, has no limits of its own, and is there
 wherever the segments are, in a container that shares nothing but /dev/shm, too.

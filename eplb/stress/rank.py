@@ -108,7 +108,7 @@ class RowRank:
         self._told[Rank.STOPPED] = bool(self._loader.stopped)
         self._segment.status.show(Field.STEP, self._step)
         self._told[Rank.STEP] = self._step
-        if self._bell is not None and (committed or self._step % self._config.episode_steps == 0):
+        if self._bell is not None and (committed or self._step % self._config.bell_steps == 0):
             self._bell.ring()
 
     def _stager(self) -> RowStager:

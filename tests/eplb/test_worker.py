@@ -128,6 +128,13 @@ def test_each_step_writes_one_record_with_its_heat(workers, session):
     assert (group.engines[0].loads[0] == 0).all()
 
 
+@pytest.mark.parametrize(("episode", "ring", "bells"), [(16, 256, 2), (16, 8, 8), (4096, 8, 8)])
+def test_the_planner_is_woken_before_the_ring_is_overrun(workers, episode, ring, bells):
+    group = workers(configs=[{"episode_steps": episode, "ring_steps": ring}] * 2)
+    group.step(32)
+    assert group.workers[0]._bell.drain() == bells
+
+
 def test_a_dummy_step_counts_as_a_step_and_its_heat_does_not(workers, session):
     group = workers()
     group.step()
