@@ -28,6 +28,7 @@ from .step_heat import StepHeat
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
+_HEATLESS_STEPS = 1000
 LONG_PLAN = 60.0
 """Seconds after which a policy that still plans is reported."""
 
@@ -105,6 +106,7 @@ class EngineLoop:
         self._quiet_until = 0.0
         self._stopped = False
         self._unphased = False
+        self._heatless = False
         self._full = False
         self._placement = np.zeros(0)
         log.info(
@@ -132,6 +134,7 @@ class EngineLoop:
         for step in steps:
             self._recorder.step(step)
             self._window.add(step)
+        self._report_no_heat()
         self._recorder.transfers(self._group.read_transfers())
         if self._planning is not None:
             if self._planning.done():
@@ -165,6 +168,24 @@ class EngineLoop:
                 "EPLB_HEAT_PHASE=%s such steps do not count; unset it to count all",
                 self._pace.heat_phase,
             )
+
+    def _report_no_heat(self) -> None:
+        """Once, until there is some, that an engine that runs gives nothing to plan on."""
+        rank, behind = self._group.behind()
+        why = ""
+        if self._window.empty >= _HEATLESS_STEPS:
+            why = (
+                f"in {self._window.empty} steps that had tokens the engine has counted none for "
+                "any expert: do its MoE layers count them (vLLM: expert_load_pass)?"
+            )
+        elif behind >= max(_HEATLESS_STEPS, self._group.shape.ring_slots):
+            why = (
+                f"EP rank {rank} has recorded no heat for {behind} steps of the other ranks; see "
+                "its log"
+            )
+        if why and not self._heatless:
+            log.warning("nothing is planned: %s", why)
+        self._heatless = bool(why)
 
     def _read_boards(self) -> None:
         board = self._group.committed()

@@ -39,6 +39,10 @@ class EpisodeWindow:
         layers, experts, ranks: of the group.
         steps: of an episode.
         episodes: that the window holds.
+
+    Attributes:
+        count: episodes so far.
+        empty: steps in a row that had tokens and no heat.
     """
 
     def __init__(self, layers: int, experts: int, ranks: int, steps: int, episodes: int):
@@ -51,7 +55,7 @@ class EpisodeWindow:
         self._filled = 0
         self._placements: OrderedDict[int, np.ndarray] = OrderedDict()
         self.count = 0
-        self.discarded = 0
+        self.empty = 0
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -66,10 +70,11 @@ class EpisodeWindow:
         """Count one step; steps of an epoch whose placement is unknown are discarded."""
         placement = self._placements.get(step.epoch)
         if placement is None:
-            self.discarded += 1
             return
         if not step.heat.any():
+            self.empty += step.span if step.tokens else 0
             return
+        self.empty = 0
         add_logical(self._total, step.heat, placement)
         load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2)
         self._physical = self._physical + load if self._filled else load

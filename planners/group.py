@@ -117,6 +117,11 @@ class Group:
         """Steps between those read that a rank lost, or counted under another epoch."""
         return self._matcher.unmatched
 
+    def behind(self) -> tuple[int, int]:
+        """(the EP rank whose heat ends first, the steps that others have recorded since)."""
+        number, steps = self._matcher.behind()
+        return self._counting[number].header.rank, steps
+
     def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.
 

@@ -74,6 +74,7 @@ class StepMatcher:
 
     def __init__(self, ranks: int, most: int):
         self._waiting: list[deque[Part]] = [deque(maxlen=most) for _ in range(ranks)]
+        self._ends: list[int] = []
         self._done = -1
         self.unmatched = 0
 
@@ -84,6 +85,16 @@ class StepMatcher:
         cells = (*(column.tolist() for column in columns), records.heat, *others)
         for fields in zip(*cells, strict=True):
             self._waiting[rank].append(Part(*fields))
+        if len(records.steps):
+            self._ends = self._ends or [int(records.steps[0])] * len(self._waiting)
+            self._ends[rank] = int(records.steps[-1])
+
+    def behind(self) -> tuple[int, int]:
+        """(the rank whose records end first, the steps that others have recorded since)."""
+        if not self._ends:
+            return 0, 0
+        oldest = min(self._ends)
+        return self._ends.index(oldest), max(self._ends) - oldest
 
     def take(self) -> Iterator[list[Part]]:
         """One part per rank, all of the same steps and epoch; oldest first."""
