@@ -73,6 +73,9 @@ def planner(
     exit_with_engine: Annotated[
         bool, typer.Option(help="End when the engine is gone instead of waiting for the next.")
     ] = False,
+    parent: Annotated[
+        int, typer.Option(hidden=True, help="Wait for no engine when this process is dead.")
+    ] = 0,
 ) -> None:
     """Plan for the engine of a session. Start it beside `vllm serve`; end it with Ctrl-C.
 
@@ -91,13 +94,15 @@ def planner(
         config.record, config.record_mb, config.session, config.model_dump(mode="json")
     )
     try:
-        run_planner(config, record, exit_with_engine)
+        run_planner(config, record, exit_with_engine, parent)
     except SegmentError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(1) from None
 
 
-def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine: bool) -> None:
+def run_planner(
+    config: settings.Config, record: MakeRecorder, exit_with_engine: bool, parent: int = 0
+) -> None:
     """Plan, on uvloop, until SIGINT or SIGTERM comes or, if so asked, the engine is gone.
 
     The command ends with 2 if policy or initial placement cannot be used.
@@ -131,6 +136,7 @@ def run_planner(config: settings.Config, record: MakeRecorder, exit_with_engine:
             make_recorder=record,
             initial=initial,
             saved=SavedPlacement(config.save_placement),
+            parent=parent,
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):

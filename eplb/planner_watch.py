@@ -93,6 +93,7 @@ class PlannerWatch:
         self._spawned, self._next_spawn = now, now + self._pause
         self._pause = min(2 * self._pause, _SPAWN_AFTER[1])
         command = [sys.executable, "-m", "flash_eplb.eplb.cli", "planner", "--exit-with-engine"]
+        command += ["--parent", str(os.getpid())]  # we may be killed before it has found the engine
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             # It inherits the core that this worker computes on; give it all, and a low priority.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import threading
 from collections import Counter
@@ -84,6 +85,8 @@ class Planner:
         make_recorder: called with the engine's shape; None records nothing.
         initial: placement that an engine which has committed nothing is brought to first.
         saved: told of an engine's placement after each plan.
+        parent: process that started this one for its engine: when it is dead, no engine is waited
+            for; 0 if that is nobody's concern.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Planner:
         make_recorder: MakeRecorder | None = None,
         initial: ExpertMap | None = None,
         saved: SavedPlacement | None = None,
+        parent: int = 0,
     ):
         self._session = session
         self._make_policy = make_policy
@@ -105,6 +109,7 @@ class Planner:
         self._make_recorder = make_recorder or (lambda shape: NoRecorder())
         self._initial = initial
         self._saved = saved
+        self._parent = parent
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._generation = secrets.randbits(62) | 1
@@ -152,10 +157,16 @@ class Planner:
             raise SegmentInUseError(f"session {self._session!r} is in use: the {silent}") from None
 
     async def _find_engine(self) -> Group | None:
-        """The engine of the session, as soon as there is one that can be served."""
+        """The engine of the session, as soon as there is one that can be served.
+
+        None if none is waited for any more.
+        """
         looks = 0
         refusals: Counter[str] = Counter()
         while not self._stopping.is_set():
+            if self._parent and os.getppid() != self._parent:
+                log.info("the worker that started this planner is dead")
+                break
             looks += 1
             try:
                 return Group.attach(self._session)

@@ -204,7 +204,7 @@ def test_a_planner_is_started_at_once_and_only_one(world, spawned, caplog):
     ((command, options, process),) = spawned
     assert command == [
         *(sys.executable, "-m", "flash_eplb.eplb.cli"),
-        *("planner", "--exit-with-engine"),
+        *("planner", "--exit-with-engine", "--parent", str(os.getpid())),
     ]
     assert options == {"stdin": subprocess.DEVNULL}
     assert os.getpriority(os.PRIO_PROCESS, process.pid) >= 10

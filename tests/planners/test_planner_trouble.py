@@ -357,3 +357,20 @@ def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypa
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert not caplog.messages
+
+
+def test_a_planner_whose_worker_was_killed_waits_for_no_engine(session, caplog):
+    caplog.set_level(logging.INFO, "flash_eplb.planner")
+
+    async def scenario():
+        living = Planner(session, FlashLB, PACE, exit_with_engine=True, parent=os.getppid())
+        task = asyncio.create_task(living.run())
+        await asyncio.sleep(1.0)
+        assert not task.done()
+        living.stop()
+        await task
+        assert "is dead" not in caplog.text
+        await Planner(session, FlashLB, PACE, exit_with_engine=True, parent=os.getpid()).run()
+
+    run(scenario(), timeout=10.0)
+    assert "the worker that started this planner is dead" in caplog.text
