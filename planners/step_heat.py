@@ -53,7 +53,7 @@ class Part(NamedTuple):
         return later._replace(
             flags=(self.flags | later.flags) & ~FLAG_DUMMY | dummy,
             span=self.span + later.span,
-            heat=self.heat + later.heat,
+            heat=np.add(self.heat, later.heat, dtype=np.int64),
             tokens=self.tokens + later.tokens,
         )
 

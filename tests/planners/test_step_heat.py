@@ -58,6 +58,15 @@ def test_a_rank_that_records_several_steps_as_one_is_matched_with_the_others_sum
     assert matcher.unmatched == 0
 
 
+def test_the_sum_of_several_records_may_need_more_bits_than_each_of_them():
+    most = np.iinfo(np.int32).max
+    matcher = StepMatcher(2, 64)
+    for rank, rows in enumerate([((1, 1, 0, most), (2, 1, 0, most)), ((2, 2, 0, most),)]):
+        as_read = records(*rows)
+        matcher.add(rank, as_read._replace(heat=as_read.heat.astype(np.int32)))
+    assert taken(matcher) == [(2, 2, 0, [2 * most, most])]
+
+
 def test_spans_that_overlap_are_matched_where_they_end_together():
     matcher = StepMatcher(2, 64)
     matcher.add(0, records((2, 2, 0, 1), (4, 2, 0, 10), (5, 1, 0, 100)))
