@@ -213,7 +213,10 @@ class Planner:
             shape = group.shape
 
             def wake() -> None:
-                loop.call_soon_threadsafe(self._wake.set)
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # a plan that outlasts the loop wakes nobody
+                    loop.call_soon_threadsafe(self._wake.set)
 
             by_source = {"routing": "by_source"} if shape.routes_by_source else {}
             engine = EngineLoop(

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -254,6 +255,25 @@ def test_a_policy_that_hangs_is_named_and_does_not_hold_up_the_end(
     run(scenario())
     assert caplog.text.count(words) == 1
     assert ended[1] - ended[0] < 10
+
+
+def test_a_plan_that_outlasts_the_planner_is_no_error(session, engine, caplog):
+    threads, let_go = [], threading.Event()
+
+    class Late(FlashLB):
+        def plan(self, heat, placement, **options):
+            threads.append(threading.current_thread())
+            let_go.wait(30)
+            return placement
+
+    async def scenario():
+        async with planning(session, Late):
+            await until(engine, lambda: threads)
+
+    run(scenario())
+    let_go.set()
+    threads[0].join(30)
+    assert not caplog.messages
 
 
 def test_rows_that_vanish_before_a_plan_begins_are_no_fault_of_the_policy(
