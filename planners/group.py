@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..ipc.flags import FLAG_DUMMY
 from ..ipc.limits import check_files
 from ..ipc.liveness import SegmentAbsentError, SegmentError
 from ..ipc.names import rank_name
@@ -132,7 +133,8 @@ class Group:
             while len((records := rank.heat.read()).steps):
                 self._matcher.add(number, records)
         for parts in self._matcher.take():
-            self.unphased += all(part.flags == 0 for part in parts)
+            flags = {part.flags for part in parts}
+            self.unphased += 0 in flags and flags <= {0, FLAG_DUMMY}
             if (heat := group_heat(parts, self.shape, phase)) is not None:
                 yield heat
 

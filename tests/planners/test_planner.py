@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 from planner_runs import OTHER, PACE, SKEWED, planning, rank_load, run, until
 
-from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_DUMMY, FLAG_PREFILL
 from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
 from flash_eplb.ipc.names import planner_name
 from flash_eplb.ipc.session import segment_names
@@ -119,7 +119,15 @@ def test_only_the_phase_that_was_asked_for_counts(session, engine, caplog):
     assert not caplog.text
 
 
-def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session, engine, caplog):
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session, caplog, idle):
+    engine = FakeEngine(session, counting=(0, 1))
+    if idle:  # rank 1 has no requests of its own
+        push = engine.ranks[1].heat.push
+        engine.ranks[1].heat.push = lambda step, time, tokens, flags, epoch, counts: push(
+            step, time, 0, FLAG_DUMMY, epoch, 0 * counts
+        )
+
     async def scenario():
         async with planning(session, pace=replace(PACE, heat_phase="prefill")):
             await until(engine, lambda: engine.steps >= 200)
@@ -127,6 +135,7 @@ def test_a_phase_that_the_engine_does_not_tell_is_complained_about_once(session,
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert engine.epoch == 0
+    engine.close()
     assert caplog.text.count("EPLB_HEAT_PHASE=prefill such steps do not count") == 1
 
 
