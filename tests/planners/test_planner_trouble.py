@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,23 @@ def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engi
         run(scenario())
     assert caplog.text.count("EP ranks [1] have stopped balancing") == 1
     assert engine.epoch == 0
+
+
+def test_ranks_that_stop_before_they_have_begun_a_plan_are_not_waited_for(
+    session, engine, caplog, monkeypatch
+):
+    monkeypatch.setattr(engine, "_serve", lambda: None)
+
+    async def scenario():
+        async with planning(session, pace=replace(PACE, timeout_steps=10**7)):
+            await until(engine, engine.ranks[0].plans.has_record)
+            for rank in engine.ranks:
+                rank.status[Field.STATE] = State.STOPPED
+            await until(engine, lambda: "EP ranks [0, 1] have stopped balancing" in caplog.text)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario(), timeout=20.0)
+    assert caplog.messages[0] == "plan 1 given up: a rank has stopped balancing; its log says why"
 
 
 def test_an_engine_that_cannot_be_served_is_complained_about_once(session, caplog, monkeypatch):
