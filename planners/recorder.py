@@ -99,7 +99,6 @@ class _Filling:
 
     since: float
     steps: list[StepHeat] = field(default_factory=list)
-    learned: set[int] = field(default_factory=set)
     plans: list[tuple] = field(default_factory=list)
     layers: list[np.ndarray] = field(default_factory=list)
     moves: list[np.ndarray] = field(default_factory=list)
@@ -110,7 +109,7 @@ class _Filling:
     lost: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.steps or self.learned or self.plans or self.outcomes or self.transfers)
+        return bool(self.steps or self.placements or self.plans or self.outcomes or self.transfers)
 
 
 class Recorder(NoRecorder):
@@ -162,6 +161,8 @@ class Recorder(NoRecorder):
         if self._failed:
             return
         self._filling.steps.append(step)
+        if (known := self._known.get(step.epoch)) is not None:
+            self._filling.placements[step.epoch] = known
         if len(self._filling.steps) >= self._steps or self._is_old():
             self._hand_over()
 
@@ -173,7 +174,7 @@ class Recorder(NoRecorder):
         if known is not None and np.array_equal(known, placement):
             return
         self._known[epoch] = placement
-        self._filling.learned.add(epoch)
+        self._filling.placements[epoch] = placement
         while len(self._known) > _EPOCHS_KEPT:
             self._known.pop(next(iter(self._known)))
 
@@ -229,8 +230,7 @@ class Recorder(NoRecorder):
 
     def _hand_over(self) -> None:
         filled, self._filling = self._filling, _Filling(time.monotonic())
-        epochs = {step.epoch for step in filled.steps} | filled.learned
-        filled.placements = {n: self._known[n] for n in sorted(epochs & self._known.keys())}
+        filled.placements = dict(sorted(filled.placements.items()))
         filled.dropped, filled.lost = self._dropped, self._lost
         try:
             self._waiting.put_nowait(filled)

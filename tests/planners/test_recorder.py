@@ -79,6 +79,18 @@ def test_each_chunk_has_the_placements_of_its_steps(tmp_path):
             assert set(epochs) >= set(file["epochs"])
 
 
+def test_a_chunk_with_more_commits_than_are_remembered_has_all_its_placements(tmp_path):
+    one = Recorder(tmp_path, HEADER, 1 << 30)
+    for epoch in range(600):
+        one.placement(epoch, FIRST)
+        one.step(step(epoch + 1, epoch=epoch))
+    one.close()
+    assert len(chunks(tmp_path)) == 1
+    recording = Recording(tmp_path)
+    assert all(found.placement is not None for found in recording.steps())
+    assert list(recording.placements()) == [(recording.header["run"], n) for n in range(600)]
+
+
 @pytest.mark.usefixtures("small")
 def test_a_later_run_appends(tmp_path):
     record(tmp_path, 20)
