@@ -153,7 +153,8 @@ class EngineLoop:
     def _report_losses(self) -> None:
         if self._group.lost > self._lost and self._window.count >= self._next_report:
             log.warning(
-                "%d steps of heat were overwritten before they were read; raise EPLB_RING_STEPS",
+                "%d records of heat, one for each step of a rank, were overwritten before they "
+                "were read; raise EPLB_RING_STEPS",
                 self._group.lost - self._lost,
             )
             self._lost = self._group.lost

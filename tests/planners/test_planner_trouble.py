@@ -1,7 +1,6 @@
 import asyncio
 import logging
 import os
-import re
 import resource
 import sys
 import threading
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 from planner_runs import OTHER, PACE, SKEWED, planning, run, until
 
-from flash_eplb.ipc.flags import FLAG_DUMMY
 from flash_eplb.ipc.limits import LimitError
 from flash_eplb.ipc.liveness import SegmentInUseError, owner_is_alive
 from flash_eplb.ipc.names import bell_name, lock_name, planner_name, rank_name
@@ -349,52 +347,6 @@ def test_a_planner_whose_name_was_removed_makes_room_for_another(session, engine
             await until(engine, lambda: engine.epoch > epoch, OTHER)
 
     run(scenario(), timeout=30.0)
-
-
-@pytest.mark.parametrize(
-    ("silent", "why"),
-    [
-        (
-            None,
-            r"in 1\d\d steps that had tokens the engine has counted none for any expert: do its",
-        ),
-        (0, r"EP rank 0 has recorded no heat for 1\d\d steps of the other ranks; see its log"),
-        (1, r"EP rank 1 has recorded no heat for 1\d\d steps of the other ranks; see its log"),
-    ],
-)
-def test_an_engine_that_runs_and_gives_no_heat_is_complained_about_once(
-    session, caplog, monkeypatch, silent, why
-):
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
-    engine = FakeEngine(session, counting=(0, 1))
-
-    async def scenario():
-        async with planning(session):
-            with pytest.MonkeyPatch.context() as patch:
-                if silent is not None:
-                    patch.setattr(engine.ranks[silent].heat, "push", lambda *_: None)
-                demand = SKEWED * (silent is not None)
-                await until(engine, lambda: engine.steps >= 400, demand)
-            await until(engine, lambda: engine.epoch >= 1)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    engine.close()
-    (said,) = caplog.messages
-    assert re.match(f"nothing is planned: {why}", said)
-
-
-def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypatch):
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
-    engine.flags = FLAG_DUMMY
-
-    async def scenario():
-        async with planning(session):
-            await until(engine, lambda: engine.steps >= 400, 0 * SKEWED)
-
-    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
-        run(scenario())
-    assert not caplog.messages
 
 
 def test_a_planner_whose_worker_was_killed_waits_for_no_engine(session, caplog):

@@ -1,0 +1,84 @@
+"""What the planner says of heat that it does not get."""
+
+import asyncio
+import logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_engine import FakeEngine
+from planner_runs import SKEWED, planning, run, until
+
+from flash_eplb.ipc.flags import FLAG_DUMMY
+from flash_eplb.planners import engine_loop
+
+
+def test_records_that_were_overwritten_are_counted_on_each_rank(session, caplog):
+    engine = FakeEngine(session, ranks=4, counting=(0, 1, 2, 3), ring=8)
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.epoch >= 1)
+            await asyncio.sleep(0.2)  # it has read all of them
+            caplog.clear()
+            for _ in range(18):
+                engine.step(SKEWED)
+            while not caplog.messages:
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario(), timeout=30.0)
+    engine.close()
+    assert caplog.messages == [
+        "40 records of heat, one for each step of a rank, were overwritten before they were read; "
+        "raise EPLB_RING_STEPS"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("silent", "why"),
+    [
+        (
+            None,
+            r"in 1\d\d steps that had tokens the engine has counted none for any expert: do its",
+        ),
+        (0, r"EP rank 0 has recorded no heat for 1\d\d steps of the other ranks; see its log"),
+        (1, r"EP rank 1 has recorded no heat for 1\d\d steps of the other ranks; see its log"),
+    ],
+)
+def test_an_engine_that_runs_and_gives_no_heat_is_complained_about_once(
+    session, caplog, monkeypatch, silent, why
+):
+    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    engine = FakeEngine(session, counting=(0, 1))
+
+    async def scenario():
+        async with planning(session):
+            with pytest.MonkeyPatch.context() as patch:
+                if silent is not None:
+                    patch.setattr(engine.ranks[silent].heat, "push", lambda *_: None)
+                demand = SKEWED * (silent is not None)
+                await until(engine, lambda: engine.steps >= 400, demand)
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    engine.close()
+    (said,) = caplog.messages
+    assert re.match(f"nothing is planned: {why}", said)
+
+
+def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypatch):
+    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    engine.flags = FLAG_DUMMY
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.steps >= 400, 0 * SKEWED)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert not caplog.messages
