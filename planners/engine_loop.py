@@ -205,8 +205,12 @@ class EngineLoop:
         self._recorder.placement(epoch, placement)
 
     def _is_due(self) -> bool:
-        if self._epoch < 0 or self._window.count < self._next_plan:
+        if self._has_stopped() or self._epoch < 0 or self._window.count < self._next_plan:
             return False
+        return self._has_rows()
+
+    def _has_stopped(self) -> bool:
+        """Whether ranks balance no more, be there heat and a placement or not; says so once."""
         stopped = [
             rank.header.rank
             for rank in self._group.ranks
@@ -219,7 +223,7 @@ class EngineLoop:
                 stopped,
             )
         self._stopped = bool(stopped)
-        return not stopped and self._has_rows()
+        return self._stopped
 
     def _has_rows(self) -> bool:
         """Whether a round can be staged at all; says once if not."""

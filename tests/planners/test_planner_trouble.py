@@ -127,8 +127,11 @@ def test_a_policy_that_fails_costs_only_its_plan(session, engine, caplog):
     assert "the policy failed" in caplog.text
 
 
-def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engine, caplog):
+@pytest.mark.parametrize("agree", [True, False])
+def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engine, caplog, agree):
     engine.ranks[1].status[Field.STATE] = State.STOPPED
+    if not agree:  # they have committed different numbers of rounds
+        engine.ranks[1].board.write(1, engine.placement)
 
     async def scenario():
         async with planning(session):
