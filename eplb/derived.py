@@ -94,11 +94,20 @@ def _leaf(name: str) -> str:
 
 def _are_rows_equal(tensor: torch.Tensor) -> bool:
     """Whether it tells the same of each expert, as strides, limits and dummy scales do."""
-    return len(tensor) > 1 and bool((tensor == tensor[:1]).all())
+    if len(tensor) < 2:
+        return False
+    rows = _bytes(tensor).view(len(tensor), -1)
+    return bool((rows == rows[:1]).all())
 
 
 def _are_alike(tensors: list[torch.Tensor]) -> bool:
-    return len(tensors) > 1 and all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+    first, *others = map(_bytes, tensors)
+    return bool(others) and all(torch.equal(other, first) for other in others)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes in the order of its elements: not all types (float8, int4) can be compared."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _values(layer: Any, slots: int) -> Iterator[tuple[str, Any]]:

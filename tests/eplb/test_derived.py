@@ -154,6 +154,16 @@ def test_lists_of_rows_that_move_and_of_sizes_are_no_reason_to_refuse():
     assert left_behind(layer, layer.moved(), SLOTS) == ""
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int4])
+def test_rows_of_types_that_torch_does_not_compare_are_told_apart(kind):
+    layer = Layer()
+    for last, name in ((1, ""), (2, "scales")):
+        rows = torch.tensor([[1], [1], [1], [last]], dtype=torch.uint8).view(kind)
+        for kept in (rows, list(rows)):
+            layer.scales = kept
+            assert left_behind(layer, layer.moved(), SLOTS) == name
+
+
 def test_tensors_in_objects_of_a_kernels_library_are_found():
     wrapped = type("Tensor", (), {"__module__": "triton_kernels.tensor"})()
     wrapped.storage = Part(data=torch.rand(SLOTS, 16))
