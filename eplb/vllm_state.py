@@ -94,7 +94,13 @@ class FlashState:
         coordinator = get_ep_group()
         ranks = coordinator.world_size
         self._agreed = True
-        mine = self.inert or self._unsupported(states, ranks)
+        engine, mine = None, self.inert
+        try:
+            mine = mine or self._unsupported(states, ranks)
+            engine = None if mine else self._make_engine(states, coordinator)
+        except Exception as error:  # it is our question, and the engine serves on without us
+            log.exception("flash_eplb does not fit the models of this rank")
+            mine = f"{type(error).__name__}: {error}"
         self.inert = balanced.agree(coordinator.cpu_group, mine)
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
@@ -102,7 +108,7 @@ class FlashState:
         from .scales import scales_of
         from .worker import Worker
 
-        engine = self._make_engine(states, coordinator)
+        assert engine is not None
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
         unsupported = functools.partial(self._unsupported, states, ranks)

@@ -164,21 +164,38 @@ def test_the_warm_up_counts_nothing_on_either_runner(runner):
     assert runner.eplb.state.worker is None
 
 
-def test_what_the_models_support_is_asked_anew_after_updates(vllm, monkeypatch):
-    """The worker gets the question that was asked before the start."""
-    made, answers = [], ["", "w of MoE layer 0 would stay behind"]
+@pytest.fixture
+def unmade(vllm, monkeypatch):
+    """A state whose worker is still to be made, alone in its group; `made` gets its arguments."""
     state = object.__new__(vllm.state.FlashState)
     counts = np.zeros((1, 4))
     state.model_states = {"m": SimpleNamespace(logical_replica_count=counts)}
     state.config, state.parallel_config = None, SimpleNamespace(tensor_parallel_size=1)
-    state._unsupported = lambda states, ranks: answers.pop(0)
+    state.made = []
+    state._unsupported = lambda states, ranks: ""
     state._make_engine = lambda states, coordinator: SimpleNamespace(models=[("m", 1)])
     coordinator = SimpleNamespace(world_size=2, cpu_group=None)
     monkeypatch.setattr(vllm.state, "get_ep_group", lambda: coordinator)
     monkeypatch.setattr(vllm.state.balanced, "agree", lambda group, reason: reason)
     monkeypatch.setattr(vllm.state.balanced, "group_of", lambda *arguments: None)
-    monkeypatch.setattr("flash_eplb.eplb.worker.Worker", lambda *given: made.append(given))
-    state._make_worker(is_dummy=True)
-    *_, experts, unsupported, _ = made[0]
+    monkeypatch.setattr("flash_eplb.eplb.worker.Worker", lambda *given: state.made.append(given))
+    return state
+
+
+def test_what_the_models_support_is_asked_anew_after_updates(unmade):
+    """The worker gets the question that was asked before the start."""
+    answers = ["", "w of MoE layer 0 would stay behind"]
+    unmade._unsupported = lambda states, ranks: answers.pop(0)
+    unmade._make_worker(is_dummy=True)
+    *_, experts, unsupported, _ = unmade.made[0]
     assert experts == 4
     assert unsupported() == "w of MoE layer 0 would stay behind"
+
+
+@pytest.mark.parametrize("question", ["_unsupported", "_make_engine"])
+def test_a_model_that_we_cannot_look_at_is_served_unbalanced(unmade, question, caplog):
+    setattr(unmade, question, lambda *_: 1 / 0)
+    unmade.step()
+    assert unmade.made == []
+    assert unmade.inert == "ZeroDivisionError: division by zero"
+    assert "does not balance: ZeroDivisionError: division by zero; vLLM serves on" in caplog.text
