@@ -49,12 +49,14 @@ class FlashState:
     batch: Any = None
     in_dummy = warming = False
     _agreed = False
+    _configs: tuple[Any, ...] = ()
+    """Of the registered models; drafters register before the main model."""
 
     def add_model(self, model: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
         """Upstream's registration; its asynchronous worker is not used."""
         super().add_model(model, model_config, *args, **kwargs)  # type: ignore[misc]
         self.is_async = False
-        self._main_model = model_config  # a drafter registers before the main model
+        self._configs = (*self._configs, model_config)
         try:
             from ..ipc.rank_segment import warmup
 
@@ -67,11 +69,14 @@ class FlashState:
         self, model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Upstream's, and the main model's forward passes are counted."""
+        *drafters, main = self._configs or (model_config,)
+        is_main = not any(model_config is drafter for drafter in drafters)
         upstream = super().prepare_forward  # type: ignore[misc]
-        upstream(model_config, num_unpadded_tokens, *args, **kwargs)
+        # `update_config` gives the runner another object, by which upstream finds no state.
+        upstream(main if is_main else model_config, num_unpadded_tokens, *args, **kwargs)
         if self.worker is None or self.in_dummy or self.warming:
             return
-        if model_config is self._main_model:
+        if is_main:
             self.worker.forward(int(num_unpadded_tokens))
 
     def step(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from flash_eplb.eplb.runners import follow_runner_v2, follow_warm_up
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
@@ -44,8 +45,8 @@ class Worker:
         return told
 
 
-def model_config():
-    return SimpleNamespace(compute_hash=lambda: "main")
+def model_config(name):
+    return SimpleNamespace(compute_hash=lambda: name)
 
 
 def batch(*prefilling):
@@ -61,8 +62,8 @@ def runner(vllm):
             )
             self.eplb = vllm.controller(parallel, None)
             self.execute_model_state = None
-            self.model_config = model_config()
-            self.draft_config = model_config()
+            self.model_config = model_config("main")
+            self.draft_config = model_config("draft")
 
         @property
         def eplb_state(self):
@@ -93,9 +94,10 @@ def runner(vllm):
     follow_runner_v2(GPUModelRunner, vllm.state._settle)  # a second state wraps nothing twice
     made = GPUModelRunner()
     state = object.__new__(vllm.state.FlashEplbState)
-    state.model_states = {}
+    counted = [SimpleNamespace(num_unpadded_tokens_tensors=[torch.zeros(())]) for _ in range(2)]
+    state.model_states = dict(zip(("draft", "main"), counted, strict=True))
     state.should_record_tensor = None
-    state._main_model = made.model_config
+    state._configs = (made.draft_config, made.model_config)
     state.worker = Worker()
     made.eplb.state = state
     made.eplb._has_registered_models = True
@@ -110,6 +112,17 @@ def test_a_real_pass_is_counted_once_and_stepped_once_with_its_phase(runner):
     runner.execute_model(batch(True), 5)
     assert runner.pool() == "pooled"
     assert runner.eplb.state.worker.told() == [("forward", 5), ("step", False, FLAG_PREFILL)]
+
+
+def test_a_configuration_that_was_updated_is_still_the_main_model_s(runner):
+    """vLLM's `update_config` gives the runner another object, of another hash."""
+    runner.model_config = model_config("main, updated")
+    runner.execute_model(batch(True), 12)
+    runner.sample_tokens(None)
+    assert runner.eplb.state.worker.told() == [("forward", 12), ("step", False, FLAG_PREFILL)]
+    counted = runner.eplb.state.model_states
+    assert counted["main"].num_unpadded_tokens_tensors == [12]
+    assert counted["draft"].num_unpadded_tokens_tensors == [7]
 
 
 def test_a_dummy_pass_settles_and_steps_but_is_no_forward_pass(runner):
