@@ -90,6 +90,7 @@ class Stager:
         self._errands: queue.SimpleQueue[tuple[Errand, Event | None] | None] = queue.SimpleQueue()
         self.result: Result | None = None
         self.busy = False
+        self._failed_look = ""  # why the latest look that failed did
         self._thread = threading.Thread(target=self._run, name="eplb-stager", daemon=True)
         self._thread.start()
 
@@ -132,7 +133,10 @@ class Stager:
         what = "staging failed" if errand.identity else "no connection to the other ranks yet"
         if errand.beat is not None:
             what = "a live expert has changed" if damaged else "a look at a live expert failed"
-        log.warning("EP rank %d: %s: %s", self._rank, what, reason)
+        if errand.beat is None or reason != self._failed_look:  # one look follows the other
+            log.warning("EP rank %d: %s: %s", self._rank, what, reason)
+        if errand.beat is not None:
+            self._failed_look = reason
         changed = isinstance(error, ChangedError)
         self.result = Result(errand.identity, reason, damaged, changed)
         if errand.beat is None:  # a look has nothing to do with connections, which the others keep

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_eplb.loaders.patrol import Beat, Patrol
+from flash_eplb.loaders.stager import Stager
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9))
@@ -31,3 +32,15 @@ def test_after_a_pause_one_is_due_and_not_all_that_were_missed():
 def test_none_is_looked_at_where_the_patrol_is_off():
     patrol = Patrol(2, 2, 0)
     assert all(patrol.next(step, np.zeros((2, 2), int)) is None for step in range(1000))
+
+
+def test_looks_that_all_fail_for_one_reason_are_said_once(cluster, monkeypatch, caplog):
+    group, looks = cluster(patrol_steps=1), []
+
+    def fail(self, beat):
+        looks.append(beat)
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(Stager, "_look", fail)
+    group.tick_until(lambda: len(looks) > 30)
+    assert caplog.text.count("a look at a live expert failed: MemoryError") == 3  # one of each rank
