@@ -1,4 +1,5 @@
-"""The calls by which vLLM writes weights into a running engine, and what we do around them."""
+"""The calls by which vLLM writes the weights of a running engine, or reads them by their names, and
+what we do around them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ BETWEEN = "update_weights"
 so that no finish will come."""
 
 
+READS = ("save_sharded_state", "save_tensorized_model", "compute_weight_checksums")
+"""Methods that read weights on all ranks, each expert where the loader would write it."""
+
+
 def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[[], None]) -> None:
-    """Let `worker_class` call `begin` before it writes weights and `end` after it has.
+    """Let `worker_class` call `begin` before it writes or reads weights and `end` after it has.
 
     If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
     fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
@@ -32,6 +37,20 @@ def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[
         around = begin if name in BEGINS else None, end if name in ENDS else None
         undo = end if name in STARTS else None
         wrap_once(worker_class, name, functools.partial(_wrapped, *around, undo))
+    for name in READS:
+        wrap_once(worker_class, name, functools.partial(_read, begin, end))
+
+
+def _read(begin: Callable[[], bool], end: Callable[[], None], original: Method) -> Method:
+    def read(*args: Any, **kwargs: Any) -> Any:
+        opened = begin()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if opened:  # else an update is under way, and experts are there
+                end()
+
+    return read
 
 
 def _wrapped(

@@ -1,8 +1,8 @@
 """Weights that change under the balancer: a reload, or an update by a trainer.
 
-An engine's loader writes by the placement of its start. So before it writes, all experts go back
-there; after it has written, their digests are taken anew, and balancing goes on. In between steps
-may run, and no expert moves.
+An engine's loader writes by the placement of its start, and what an engine saves is loaded by it
+again. So before it writes or saves, all experts go back there; after that their digests are taken
+anew, and balancing goes on. In between steps may run, and no expert moves.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class WeightUpdate:
                 "end": "no expert moves until weights have been updated on all of them",
             }[what]
             raise RuntimeError(
-                f"flash_eplb needs all EP ranks at the same step to update weights: {error}; {then}"
+                f"flash_eplb needs all EP ranks at the same step to update or save weights: "
+                f"{error}; {then}"
             ) from error
 
     def _bring_home(self) -> None:

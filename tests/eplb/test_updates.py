@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 
 from flash_eplb.eplb.updates import follow_updates
@@ -17,7 +19,13 @@ class Log(list):
             call.__name__ = name
             return call
 
-        names = ["reload_weights", "start_weight_update", "update_weights", "finish_weight_update"]
+        names = [
+            "reload_weights",
+            "save_sharded_state",
+            "start_weight_update",
+            "update_weights",
+            "finish_weight_update",
+        ]
         self.worker = type("Worker", (), {name: method(name) for name in names})
         follow_updates(self.worker, self.begin, lambda: self.append("end"))
 
@@ -98,3 +106,19 @@ def test_an_update_that_fails_half_way_says_that_experts_stay(caplog):
     assert log == ["begin", "start_weight_update", "update_weights"]
     words = "update_weights failed: no expert moves from the start of an update until weights have"
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("fail", ["", "save_sharded_state"])
+def test_what_is_saved_is_read_with_the_experts_at_home(fail):
+    """Whoever loads it does so by the placement of the start."""
+    log = Log(fail)
+    with pytest.raises(OSError) if fail else contextlib.nullcontext():
+        assert log.worker().save_sharded_state("path") == ("path",)
+    assert log == ["begin", "save_sharded_state", "end"]
+
+
+def test_a_save_in_the_middle_of_an_update_does_not_end_it():
+    log = Log()
+    log.begin()
+    log.worker().save_sharded_state()
+    assert log == ["begin", "begin", "save_sharded_state"]

@@ -71,6 +71,7 @@ class Generated:
         self.commits = result["commits"]
         self.reloaded = result["reloaded"]
         self.flags = result["flags"]
+        self.checksums = result["checksums"]
         self.log = log
 
 

@@ -5,7 +5,8 @@ Usage: generate.py CHECKPOINT BATCHES.json RESULT.json LEAST_COMMITS RELOAD [ENG
 Repeats the batches until LEAST_COMMITS rounds are committed (at most eight passes); if RELOAD is 1,
 reloads the weights and repeats them until as many are committed again; and writes
 {"passes": [[[token ids]]], "commits": rounds, "reloaded": [passes and commits before the reload],
-"flags": those of the latest steps' heat}.
+"flags": those of the latest steps' heat, "checksums": [those of each rank's expert tensors, after
+the latest load and at the end]}.
 """
 
 import json
@@ -55,11 +56,21 @@ def main() -> None:
                 break
             wait_for_planner(load_config().session)
 
+    def checksums() -> list[dict[str, str]]:
+        """Of each rank: vLLM's digests of its expert tensors by name."""
+        return [
+            {name: digest for name, digest in theirs.items() if "experts" in name}
+            for theirs in llm.collective_rpc("compute_weight_checksums")
+        ]
+
+    first = checksums()
     run(8, int(least))
     reloaded = [len(passes), observer.commits()]
     if int(reload):
         llm.collective_rpc("reload_weights")
+        first = checksums()  # vLLM's CPU build itself lays weights out in another way now
         run(8, observer.commits() + int(least))
+    last = checksums()
     rings = observer.group.ranks if observer.group is not None else []
     for rank in rings:
         rank.heat.follow()
@@ -69,6 +80,7 @@ def main() -> None:
         "commits": observer.commits(),
         "reloaded": reloaded,
         "flags": flags,
+        "checksums": [first, last],
     }
     observer.close()
     with open(result_file, "w") as file:

@@ -76,6 +76,9 @@ def test_tokens_are_the_same_with_an_expert_map_commits_and_a_reload(
     assert ours.commits >= commits + 5, ours.log[-5000:]
     assert "experts are back where vLLM writes weights" in ours.log
     assert "weights updated, balancing goes on" in ours.log
+    first, last = ours.checksums
+    assert first == last  # whoever saves or sums up weights finds each expert where it was loaded
+    assert len(first) == 2
     assert f"rounds; to EPLB_INITIAL_PLACEMENT={path}" in ours.log
     placements = Recording(tmp_path / "recording").placements()
     (mapped,) = (found for (_, epoch), found in placements.items() if epoch == rounds)
