@@ -215,12 +215,13 @@ def test_a_round_under_way_is_given_up_or_committed_by_all(moving, steps):
 
 
 def test_a_stager_that_hangs_does_not_hang_the_update(moving, monkeypatch):
-    group = moving(staging_rows=2, plan_timeout_steps=20)
-    release, stage = threading.Event(), stager_module.Stager._stage
+    group = moving(staging_rows=2, transfer_timeout=2)
+    hangs, release, stage = threading.Event(), threading.Event(), stager_module.Stager._stage
 
     def hang(self, errand):
         if self._rank == 1 and errand.identity:
-            release.wait(20)
+            hangs.set()
+            release.wait(60)
         return stage(self, errand)
 
     group.move()
@@ -228,10 +229,11 @@ def test_a_stager_that_hangs_does_not_hang_the_update(moving, monkeypatch):
     wanted = group.placement.copy()
     wanted[0] = wanted[0, ::-1]
     group.send(wanted)
-    group.step_until(lambda: group.segments[1].status[Field.STATE] == State.STAGING)
+    group.step_until(hangs.is_set)
     monkeypatch.setattr(stager_module.Stager, "_stage", stage)
     group.update()
     assert np.array_equal(group.placement, group.initial)
+    assert group.segments[1].status[Field.QUARANTINED_ROWS] == 1  # it still hangs
     release.set()
     group.step_until(lambda: group.segments[1].status[Field.QUARANTINED_ROWS] == 0)
     group.move()
