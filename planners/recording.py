@@ -167,11 +167,10 @@ class Recording:
         return found
 
     def first_placement(self) -> np.ndarray | None:
-        """int32 [layers, ranks, slots] under which the first step was counted, if it is known."""
-        first = next(self.steps(), None)
-        if first is None or first.placement is None:
-            return None
-        return first.placement.astype(np.int32)
+        """int32 [layers, ranks, slots] of the first step that `counts` gives; None if none does."""
+        known = (step.placement for step in self.steps() if step.placement is not None)
+        first = next(known, None)
+        return None if first is None else first.astype(np.int32)
 
     def table(self, name: str) -> np.ndarray:
         """All rows of a table, with the run of each as the first field.

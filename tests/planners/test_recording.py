@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recordings import EXPERTS, FIRST, HEADER, LAYERS, RANKS, SECOND, SLOTS, logical, physical
+from recordings import EXPERTS, FIRST, HEADER, LAYERS, RANKS, SECOND, SLOTS, logical, physical, step
 from recordings import record as write
 
 from flash_eplb.planners import chunk, recorder
@@ -35,13 +35,13 @@ def test_steps_come_as_they_were_recorded(folder):
     assert (recording.lost, recording.dropped) == (3, 0)
     shape = recording.layers, recording.experts, recording.ranks, recording.slots
     assert shape == (LAYERS, EXPERTS, RANKS, SLOTS)
-    for number, step in enumerate(recording.steps(), 1):
-        assert (step.step, step.time_ns, step.tokens, step.flags, step.span) == (
+    for number, read in enumerate(recording.steps(), 1):
+        assert (read.step, read.time_ns, read.tokens, read.flags, read.span) == (
             *(number, 1000 * number, 7 * number, 4, 1),
         )
-        assert step.epoch == (number > 20)
-        assert (step.heat == physical(number)).all()
-        assert (step.placement == (FIRST if number <= 20 else SECOND)).all()
+        assert read.epoch == (number > 20)
+        assert (read.heat == physical(number)).all()
+        assert (read.placement == (FIRST if number <= 20 else SECOND)).all()
     assert (recording.first_placement() == FIRST).all()
     assert list(recording.placements()) == [(recording.header["run"], epoch) for epoch in (0, 1)]
 
@@ -114,12 +114,21 @@ def test_steps_whose_placement_was_never_seen_are_counted(tmp_path, monkeypatch)
     assert recording.first_placement() is None
 
 
+def test_the_first_placement_is_that_of_the_first_step_that_has_one(tmp_path):
+    early = recorder.Recorder(tmp_path, HEADER, 1 << 30)
+    early.step(step(1, 0))  # committed over before anybody looked
+    early.placement(1, SECOND)
+    early.step(step(2, 1))
+    early.close()
+    recording = Recording(tmp_path)
+    assert len(list(recording.counts())) == 1
+    assert (recording.first_placement() == SECOND).all()
+
+
 def test_an_epoch_of_another_run_is_another_placement(folder):
     swapped = dict(HEADER, session="other")
     one = recorder.Recorder(folder, swapped, 1 << 30)
     one.placement(1, FIRST)
-    from recordings import step
-
     one.step(step(1, 1))
     one.step(step(2, 0))  # never seen in this run
     one.close()
