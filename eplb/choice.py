@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+from rich.console import Console
 
 from . import config as settings
 
@@ -52,6 +55,25 @@ def one_sentence() -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError) as error:
         fail(str(error))
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once, with 130: for work that leaves nothing behind.
+
+    As an exception it may be lost: of one that meets compiled code numba makes a SystemError, which
+    looks like a policy's failure, and one that meets a finalizer is ignored.
+    """
+
+    def end(*_: object) -> None:
+        Console(stderr=True).show_cursor()  # a bar hides it
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

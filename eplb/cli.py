@@ -21,6 +21,7 @@ from . import config as settings
 from .choice import (
     SETTINGS_OF,
     choose,
+    ended_by_ctrl_c,
     initial_of,
     load,
     options_of,
@@ -94,7 +95,8 @@ def planner(
         config.record, config.record_mb, config.session, config.model_dump(mode="json")
     )
     try:
-        run_planner(config, record, exit_with_engine, parent)
+        with ended_by_ctrl_c():
+            run_planner(config, record, exit_with_engine, parent)
     except SegmentError as error:
         typer.echo(f"eplb: {error}", err=True)
         raise typer.Exit(1) from None
@@ -301,7 +303,8 @@ def warmup() -> None:
     from ..planners.policy import PolicyError
 
     try:
-        compile_kernels(choose(load().policy))
+        with ended_by_ctrl_c():
+            compile_kernels(choose(load().policy))
     except PolicyError as error:
         raise refusal(error) from None
 

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import config as settings
-from .choice import choose, fail, load, one_sentence, options_of, policy_of, refusal
+from .choice import (
+    choose,
+    ended_by_ctrl_c,
+    fail,
+    load,
+    one_sentence,
+    options_of,
+    policy_of,
+    refusal,
+)
 from .heat_source import start_of
 from .output import target_of, write_figures, write_text
 from .plan_report import MIB, Report, Row, layer_bytes_of
@@ -56,9 +65,9 @@ def plan(
     _check(ranks, slots_per_rank, moe_share, expert_mb, bool(numbers), output)
     given = settings.source("effort") != "default"
     config = load(effort=None if given else "thorough")
-    choice = choose(config.policy)
     map_file, figures_file = target_of("-o", output), target_of("--json", json_file)
-    with one_sentence():
+    with one_sentence(), ended_by_ctrl_c():
+        choice = choose(config.policy)
         from ..planners.expert_map import encode_map
         from ..planners.heat_file import open_heat
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .choice import (
     choose,
+    ended_by_ctrl_c,
     fail,
     load,
     one_sentence,
@@ -58,25 +59,26 @@ def replay(
     config = load()
     target = target_of("--json", json_file)
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
-    choices = {name: choose(name, _BY) for name in names}
-    with one_sentence():
-        from ..planners.heat_file import open_heat
-        from ..planners.replay import Delay, step_time
+    with ended_by_ctrl_c():
+        choices = {name: choose(name, _BY) for name in names}
+        with one_sentence():
+            from ..planners.heat_file import open_heat
+            from ..planners.replay import Delay, step_time
 
-        source = open_heat(path)
-        start, origin = start_of(source, ranks, slots_per_rank)
-    rows = config.staging_rows or _rows_of(source)
-    timing = Delay(delay, round_steps, rows)
-    replays = {
-        name: _replay(config, choice, start, source.experts, timing)
-        for name, choice in choices.items()
-    }
-    replayed = list(replays.values())
-    if "static" not in replays:
-        static = choose("static")
-        replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
-    with one_sentence():
-        _play(source, replayed)
+            source = open_heat(path)
+            start, origin = start_of(source, ranks, slots_per_rank)
+        rows = config.staging_rows or _rows_of(source)
+        timing = Delay(delay, round_steps, rows)
+        replays = {
+            name: _replay(config, choice, start, source.experts, timing)
+            for name, choice in choices.items()
+        }
+        replayed = list(replays.values())
+        if "static" not in replays:
+            static = choose("static")
+            replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
+        with one_sentence():
+            _play(source, replayed)
     outcomes = {name: found.outcome() for name, found in replays.items()}
     base = outcomes.get("static") or replayed[-1].outcome()
     if not base.steps:

@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -130,6 +131,39 @@ def test_the_traceback_of_a_policy_is_there_for_its_author(session, tmp_path):
     found = run_eplb("planner", "--session", session, **variables)
     assert "mine.py" in found.stderr
     assert "Traceback" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [(command, "warmup") for command in ("planner", "warmup", "replay", "plan")]
+    + [("replay", "plan"), ("plan", "plan")],
+)
+def test_ctrl_c_is_never_lost_in_a_policy(session, tmp_path, command, where):
+    code = """
+import os, signal, time
+
+def interrupted(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    except KeyboardInterrupt:
+        raise SystemError from None  # as of numba
+
+class Mine:
+    def __init__(self, *_): ...
+    def plan(self, heat, placement): return placement
+
+"""
+    code += "warmup = interrupted" if where == "warmup" else "Mine.plan = interrupted"
+    np.save(tmp_path / "heat.npy", np.ones((200, 1, 4), int))
+    arguments = {
+        "replay": [tmp_path / "heat.npy", "--ranks=2", "--slots-per-rank=2"],
+        "plan": [tmp_path / "heat.npy", "--ranks=2", "--slots-per-rank=2"],
+        "planner": ["--session", session],
+    }.get(command, [])
+    found = run_eplb(command, *arguments, **install_policy(tmp_path, code))
+    assert found.returncode == 130
+    assert "eplb:" not in found.stderr
 
 
 @pytest.mark.parametrize(("per_node", "near"), [("0", 2), ("1", 1), ("8", 2)])
