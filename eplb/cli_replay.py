@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -139,21 +140,21 @@ def _play(source: Recording | HeatFile, replays: list[Replay]) -> None:
 
 
 def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
-    table = Table(title="Replay")
+    table = Table(title="Replay", box=SIMPLE_HEAD, padding=0)  # which 80 columns hold
     table.add_column("policy", no_wrap=True)
     headings = (
-        "PAR of steps, mean",
+        "PAR of\nsteps,\nmean",
         "p95",
-        "PAR of episodes, mean",
+        "PAR of\nepisodes,\nmean",
         "p95",
         "plans",
-        "slots moved",
-        "of all, per plan",
-        "planning, ms",
-        "step time",
+        "slots\nmoved",
+        "of all,\nper plan",
+        "planning,\nms",
+        "step\ntime",
     )
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, found in outcomes.items():
         table.add_row(
             name,
@@ -164,7 +165,9 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
             f"{found.planning_ms[0]:.1f}",
             f"{times[name] - 1:+.1%}",
         )
-    console = Console(width=None if Console().is_terminal else 140)
+    needed = Console(width=10_000).measure(table).maximum  # narrower figures would be cut
+    console = Console()
+    console = Console(width=max(console.width if console.is_terminal else 140, needed))
     console.print(table)
     _show_over_time(console, outcomes)
 

@@ -38,8 +38,8 @@ def refused(*arguments):
 
 def table(text):
     """The cells of each policy's row."""
-    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
-    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    rows = re.search(r"─ *\n(.*?)\n *\n", text, re.DOTALL)[1].splitlines()
+    return {row.split()[0]: row.split()[1:] for row in rows}
 
 
 @pytest.fixture
@@ -109,6 +109,17 @@ def test_time_is_relative_to_static_though_it_is_not_named(heat, tmp_path):
     )
     found = [json.loads(path.read_text())["policies"]["swap"] for path in (alone, both)]
     assert found[0]["step_time"] == found[1]["step_time"] < 1
+
+
+@pytest.mark.parametrize("columns", [30, 80])
+def test_no_figure_is_cut_where_the_terminal_is_narrow(heat, environment, columns):
+    wide = replay(heat, *SHAPE, "--policy", "static").stdout
+    environment.setenv("COLUMNS", str(columns))
+    environment.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    found = re.sub("\x1b[^m]*m", "", replay(heat, *SHAPE, "--policy", "static").stdout)
+    assert table(found)["static"][:7] == table(wide)["static"][:7]  # then comes planning time
+    assert table(found)["static"][-1] == "+0.0%"
+    assert max(map(len, found.split("PAR of episodes over")[0].splitlines())) <= 80
 
 
 def test_the_settings_are_obeyed(heat, tmp_path, environment):
