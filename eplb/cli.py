@@ -181,7 +181,7 @@ def show_config() -> None:
     table = Table(title="Settings")
     table.add_column("variable", no_wrap=True)
     for heading in ("value", "source", "allowed", "meaning"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, field in settings.Config.model_fields.items():
         value = getattr(config, name)
         table.add_row(

@@ -51,6 +51,13 @@ def test_config_shows_every_setting_with_its_value_and_source(environment):
     assert result.stderr == "eplb: EPLB_SESSIN is no setting of ours: misspelt?\n"
 
 
+def test_config_shows_all_of_a_long_path(environment):
+    path = "/recordings" * 12
+    environment.setenv("EPLB_RECORD", path)
+    shown = [line.split("│") for line in eplb("config").stdout.splitlines() if "│" in line]
+    assert path in "".join(cells[2].strip() for cells in shown)
+
+
 def test_config_says_which_of_two_spellings_counts(environment):
     environment.setenv("EPLB_EFFORT", "fast")
     environment.setenv("eplb_effort", "thorough")
