@@ -30,7 +30,7 @@ from .choice import (
     reaching,
     refusal,
 )
-from .output import check_paths
+from .output import check_folder, check_paths
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
@@ -291,6 +291,9 @@ def demo(
     """
     from .demo.run import run
 
+    check_folder("--folder ", folder)
+    if record:
+        check_folder("--record ", record)
     raise typer.Exit(run(folder, record))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .choice import fail, load, reaching
+from .output import check_folder
 
 if TYPE_CHECKING:
     from ..planners.follower import Follower
@@ -44,6 +45,7 @@ def record(
     if not seconds >= 0:
         fail(f"--seconds is {seconds}; it must be at least 0")
     config = load(session=session)
+    check_folder("-o ", output)
     warmup_reader()
     with reaching(config.session):
         group = Group.attach(config.session, writable=False, who="eplb record")

@@ -49,7 +49,7 @@ def check_paths(config: Config) -> None:
     if config.save_placement:
         _check_saved(Path(config.save_placement))
     if config.record:
-        _check_record(Path(config.record))
+        check_folder("EPLB_RECORD=", config.record)
 
 
 def _check_saved(saved: Path) -> None:
@@ -68,13 +68,15 @@ def _check_saved(saved: Path) -> None:
         fail(f"EPLB_SAVE_PLACEMENT={saved}: {why}; give the path of a file that can be written")
 
 
-def _check_record(record: Path) -> None:
-    """What is there of the path must be a folder in which something can be made."""
-    there = next(path for path in (record, *record.parents) if os.path.lexists(path))
+def check_folder(option: str, name: str) -> None:
+    """End the command with 2 unless the path that `option` names is, or can be made, a folder in
+    which something can be made."""
+    folder = Path(name)
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(there):
-        fail(f"EPLB_RECORD={record}: it is no folder; give one, or a path where one can be made")
+        fail(f"{option}{name}: it is no folder; give one, or a path where one can be made")
     if why := _why_unwritable(there / "record"):
-        fail(f"EPLB_RECORD={record}: nothing can be made in {there}: {why}; give another folder")
+        fail(f"{option}{name}: nothing can be made in {there}: {why}; give another folder")
 
 
 def _why_unwritable(path: Path) -> str:

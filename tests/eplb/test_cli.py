@@ -337,6 +337,17 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(command):
     assert (found.returncode, found.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("option", ["--folder", "--record"])
+def test_the_demo_refuses_a_file_in_the_place_of_a_folder(tmp_path, option):
+    (tmp_path / "taken").touch()
+    result = eplb("demo", "--folder", str(tmp_path), option, str(tmp_path / "taken"))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"eplb: {option} {tmp_path}/taken: it is no folder; give one, or a path where one can be "
+        "made\n"
+    )
+
+
 def test_version():
     result = eplb("version")
     assert (result.exit_code, result.stdout) == (0, f"{__version__}\n")

@@ -185,20 +185,22 @@ def test_seconds_below_none_are_refused(tmp_path, seconds):
     assert result.stderr == f"eplb: --seconds is {float(seconds)}; it must be at least 0\n"
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [("file", "File exists"), ("other engine", "it holds a recording of 2 layers, 6 experts")],
-)
+def test_a_file_in_the_place_of_the_folder_is_refused_before_all_else(tmp_path):
+    (tmp_path / "seen").write_text("mine")
+    result = invoke("-o", tmp_path / "seen")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"eplb: -o {tmp_path}/seen: it is no folder; give one, or a path where one can be made\n"
+    )
+
+
 @pytest.mark.usefixtures("engine")
-def test_a_folder_that_cannot_be_used_ends_it_with_one_sentence(recording, tmp_path, kind, said):
-    if kind == "file":
-        (tmp_path / "seen").write_text("mine")
-    else:
-        write(tmp_path / "seen", 4)
+def test_a_folder_that_cannot_be_used_ends_it_with_one_sentence(recording, tmp_path):
+    write(tmp_path / "seen", 4)
     begun = time.monotonic()
     code, last, errors = recording().end()
     assert (code, last) == (2, "")
     (line,) = errors.splitlines()
     assert line.startswith(f"eplb: recording to -o {tmp_path / 'seen'} has stopped: ")
-    assert said in line
+    assert "it holds a recording of 2 layers, 6 experts" in line
     assert time.monotonic() - begun < 60
