@@ -262,7 +262,7 @@ def clean(
     from ..ipc.liveness import SegmentError
     from ..ipc.session import clean_session, dead_names, sessions
 
-    chosen = [load(session=session).session] if session else sessions()
+    chosen = sessions() if session is None else [load(session=session).session]
     found = failed = 0
     for name in chosen:
         try:

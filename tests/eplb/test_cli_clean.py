@@ -57,6 +57,14 @@ def only_ours(session, environment):
     )
 
 
+def test_an_empty_session_is_not_all_of_them(session, dead, only_ours):
+    names = dead(session)
+    result = eplb("clean", "--session", "")
+    assert result.exit_code == 2
+    assert "EPLB_SESSION='': allowed is 1 to 32 letters" in result.stderr
+    assert sorted(dead_names(session)) == sorted(names)
+
+
 def test_clean_removes_what_the_dead_left_and_lists_it_before(session, dead):
     names = dead(session)
     result = eplb("clean", "--session", session, "--dry-run")
