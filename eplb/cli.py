@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import logging
 import os
 import signal
@@ -327,6 +328,9 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the command; 1 and a sentence where its output or kernels find no place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal can show a bar
     try:
         try:
             app()

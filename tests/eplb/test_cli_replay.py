@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_no_figure_is_cut_where_the_terminal_is_narrow(heat, environment, column
     assert table(found)["static"][:7] == table(wide)["static"][:7]  # then comes planning time
     assert table(found)["static"][-1] == "+0.0%"
     assert max(map(len, found.split("PAR of episodes over")[0].splitlines())) <= 80
+
+
+def test_an_output_that_cannot_show_all_signs_shows_the_rest(heat, tmp_path):
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", "replay", heat, *SHAPE, "--json", "x"]
+    variables = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    found = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, check=True)
+    assert "PAR of episodes over time" in found.stdout.decode("latin-1")
+    assert (tmp_path / "x").exists()
 
 
 def test_the_settings_are_obeyed(heat, tmp_path, environment):
