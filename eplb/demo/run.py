@@ -9,6 +9,7 @@ Ends with a table, and with exit code 0 only if every token is the same and plan
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ PASSES = 4
 LEAST_COMMITS = 5
 SETTINGS: dict[str, Any] = {
     "enabled": 1,
-    "session": "demo",
+    "session": f"demo-{os.getpid()}",  # two demos may run at once
     "episode_steps": 4,
     "min_episodes": 4,
     "plan_interval": 4,

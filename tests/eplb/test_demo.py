@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,10 @@ def test_the_demo_s_planner_records_where_it_is_told(monkeypatch, tmp_path):
     for record in ("", "some/where"):
         demo._start_planner(tmp_path / "planner.log", record)
     assert [options["env"]["EPLB_RECORD"] for options in started] == ["", "some/where"]
+
+
+def test_two_demos_have_two_sessions():
+    assert demo.SETTINGS["session"].endswith(f"-{os.getpid()}")
 
 
 def test_the_command_passes_the_folder_on(monkeypatch):
