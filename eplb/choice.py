@@ -34,7 +34,14 @@ SETTINGS_OF = {
 
 
 def load(**overrides: Any) -> settings.Config:
-    """The settings; the command ends with 2 and all wrong values if there are any."""
+    """The settings; the command ends with 2 and all wrong values if there are any.
+
+    Names that are no setting, and settings that are there twice, are said in any case.
+    """
+    for name in settings.unknown_variables():
+        typer.echo(f"eplb: {name} is no setting of ours: misspelt?", err=True)
+    for text in settings.twice_set():
+        typer.echo(f"eplb: {text}; unset the other", err=True)
     try:
         return settings.load_config(**overrides)
     except settings.ConfigError as error:

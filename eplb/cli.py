@@ -89,9 +89,6 @@ def planner(
 
     config = load(session=session)
     configure(config.log_level)
-    for name in settings.unknown_variables():
-        typer.echo(f"eplb: {name} is no setting of ours; see `eplb config`", err=True)
-    _say_twice_set()
     record = recorder_of(
         config.record, config.record_mb, config.session, config.model_dump(mode="json")
     )
@@ -193,16 +190,8 @@ def show_config() -> None:
             field.description or "",
         )
     _console().print(table)
-    for name in settings.unknown_variables():
-        typer.echo(f"eplb: {name} is no setting of ours: misspelt?", err=True)
-    _say_twice_set()
     if config.policy not in known_policies():
         typer.echo(f"eplb: EPLB_POLICY={config.policy!r} names no policy: misspelt?", err=True)
-
-
-def _say_twice_set() -> None:
-    for text in settings.twice_set():
-        typer.echo(f"eplb: {text}; unset the other", err=True)
 
 
 @app.command()
