@@ -272,7 +272,6 @@ class EngineCommunicator:
 
     def disconnect(self) -> None:
         """See `Transport`; the engine's communicator only ends with the group's own timeout."""
-        self._epoch = max(1, self._epoch)
         self._fallback.disconnect()
 
     def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:

@@ -198,12 +198,13 @@ def test_before_an_expert_moves_all_devices_have_come_past_the_last_commit(monke
     transports[0].exchange(ROUND[:0], [], [])  # of nothing, it waits for nobody
 
 
-def test_after_a_round_that_failed_the_fallback_moves_experts():
+def test_after_a_round_that_failed_the_fallback_moves_experts(caplog):
     made, transports = with_communicators(dist.HashStore())
     in_ranks(lambda rank: transports[rank].connect(0))
     transports[1].disconnect()  # it has failed here; the others hear of it by the vote
     in_ranks(lambda rank: transports[rank].connect(1))
     assert {one.name for one in transports} == {"gloo"}
+    assert caplog.text.count("Communicator cannot be opened anew; experts travel by gloo") == RANKS
     found = delivered(ROUND, lambda rank, *args: transports[rank].exchange(*args))
     assert found == [True] * RANKS
     assert all(not one.contexts for one in made)
