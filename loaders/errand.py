@@ -49,6 +49,7 @@ class Result:
         damaged: whether an expert had another digest than at the start.
         changed: whether that was so in the live weights themselves.
         received_bytes: from other ranks.
+        failed_us: monotonic clock when it failed; 0 if it did not.
         staged_ns: monotonic clock when its rows were staged and proved; 0 if they are not.
         copies: what a commit copies: rows to slots, values to the engine's tables.
     """
@@ -57,6 +58,7 @@ class Result:
     error: str = ""
     damaged: bool = False
     changed: bool = False
+    failed_us: int = 0
     received_bytes: int = 0
     staged_ns: int = 0
     copies: Copies | None = None

@@ -18,6 +18,7 @@ that start are those that bring the experts back to where the engine's loader wr
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -280,13 +281,16 @@ class Loader:
 
     def _ballot(self) -> Ballot:
         staged = failed = False
+        failed_us = time.monotonic_ns() // 1000
         latest = self._stagers.result
         if self._active is not None:
             result = self._result()
             if result is not None:
                 staged, failed = not result.error, bool(result.error)
+                failed_us = result.failed_us or failed_us
             elif self._step - self._active_since >= self._timeout_steps:
                 failed = True
+                failed_us *= self._stagers.waits  # else the others may wait for this one
             # A rank that has voted staged may not fail it, and this one may have: so no answer
             # takes back what an earlier vote said, and `hold` lets a staged round commit.
             failed = failed or (not staged and self._is_refused(self._active))
@@ -294,6 +298,7 @@ class Loader:
             candidate=self._voted.identity if self._voted else 0,
             staged=staged,
             failed=failed,
+            failed_us=failed_us,
             changed=latest is not None and latest.changed,
             mismatch=self.mismatch,
             stopped=self._broken,

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -90,6 +90,7 @@ class Stager:
         self._errands: queue.SimpleQueue[tuple[Errand, Event | None] | None] = queue.SimpleQueue()
         self.result: Result | None = None
         self.busy = False
+        self.waits = False  # for other ranks, in the transport
         self._failed_look = ""  # why the latest look that failed did
         self._thread = threading.Thread(target=self._run, name="eplb-stager", daemon=True)
         self._thread.start()
@@ -138,7 +139,8 @@ class Stager:
         if errand.beat is not None:
             self._failed_look = reason
         changed = isinstance(error, ChangedError)
-        self.result = Result(errand.identity, reason, damaged, changed)
+        now = time.monotonic_ns() // 1000
+        self.result = Result(errand.identity, reason, damaged, changed, now)
         if errand.beat is None:  # a look has nothing to do with connections, which the others keep
             with contextlib.suppress(Exception):
                 self._transport.disconnect()
@@ -157,7 +159,8 @@ class Stager:
         if errand.beat is not None:
             self._look(errand.beat)
             return Result(errand.identity)
-        self._transport.connect(errand.transport_epoch)
+        with self._waiting():
+            self._transport.connect(errand.transport_epoch)
         moves, mine = errand.moves, my_rows(errand.moves, self._rank)
         for layer in np.unique(moves["layer"]).tolist():
             self._check_memory(layer)
@@ -180,7 +183,8 @@ class Stager:
         for parcel, source in _pairs(copied, leaving):
             for target, view in zip(parcel.views, source.views, strict=True):
                 target.copy_(view)
-        self._transport.exchange(moves, [p for p in leaving if p.peer != self._rank], arriving)
+        with self._waiting():
+            self._transport.exchange(moves, [p for p in leaving if p.peer != self._rank], arriving)
         for views, number in zip(rows, mine, strict=True):
             self._check_arrival(views, moves[number])
         live = [
@@ -196,6 +200,14 @@ class Stager:
             live, staged = live + parts, staged + values
         received = sum(view.nbytes for parcel in arriving for view in parcel.views)
         return Result(errand.identity, received_bytes=received, copies=Copies(live, staged))
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     def _check_memory(self, layer: int) -> None:
         """ChangedError if the engine computes with other memory than `weights`."""

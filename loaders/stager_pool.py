@@ -52,6 +52,11 @@ class StagerPool:
         return self._stager.busy
 
     @property
+    def waits(self) -> bool:
+        """Whether the stager at work waits for other ranks."""
+        return self._stager.waits
+
+    @property
     def result(self) -> Result | None:
         """Of the latest errand of the stager at work."""
         return self._stager.result

@@ -21,6 +21,9 @@ log = logging.getLogger("flash_eplb.loader")
 _QUIET_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # from one look at a rank that is late to the next
 
+_MOST_RANKS = 1 << 12
+_FAR = 1 << 50  # microseconds, later than any failure
+
 
 class Ballot(NamedTuple):
     """What one rank says.
@@ -29,6 +32,7 @@ class Ballot(NamedTuple):
         candidate: identity of the round it would start, 0 if none.
         staged: whether the round under way stands in its staging rows, proved.
         failed: whether the round under way failed here.
+        failed_us: when it did, by the host's monotonic clock; 0 if it hangs, and not for others.
         mismatch: whether its steps and its forward passes differ.
         changed: whether live weights have changed under it.
         stopped: whether it has stopped balancing.
@@ -38,6 +42,7 @@ class Ballot(NamedTuple):
     candidate: int = 0
     staged: bool = False
     failed: bool = False
+    failed_us: int = 0
     mismatch: bool = False
     changed: bool = False
     stopped: bool = False
@@ -50,7 +55,8 @@ class Outcome(NamedTuple):
     Attributes:
         start: identity of the round that all ranks would start; 0 unless all name the same.
         staged: whether all ranks have staged the round under way.
-        failed_rank, mismatch_rank, changed_rank, stopped_rank: the highest rank that said so.
+        failed_rank: the rank that failed first: its peers fail by it.
+        mismatch_rank, changed_rank, stopped_rank: the highest rank that said so.
         diverged: whether the ranks have committed different numbers of rounds.
     """
 
@@ -70,7 +76,7 @@ def to_words(ballot: Ballot, rank: int) -> list[int]:
         ballot.candidate,
         -ballot.candidate,
         int(ballot.staged),
-        flag if ballot.failed else 0,
+        (ballot.failed_us - _FAR) * _MOST_RANKS + flag if ballot.failed else 0,
         flag if ballot.mismatch else 0,
         flag if ballot.changed else 0,
         flag if ballot.stopped else 0,
@@ -85,7 +91,7 @@ def to_outcome(words: list[int]) -> Outcome:
     return Outcome(
         start=lowest if lowest == -minus_highest else 0,
         staged=words[2] == 1,
-        failed_rank=-words[3] - 1,
+        failed_rank=(-words[3] - 1) % _MOST_RANKS if words[3] else -1,
         mismatch_rank=-words[4] - 1,
         changed_rank=-words[5] - 1,
         stopped_rank=-words[6] - 1,

@@ -92,6 +92,7 @@ class RowStager:
         self._wait = 0
         self.result: Result | None = None
         self.busy = False
+        self.waits = False
         self._errand = Errand(0, np.zeros(0), 0)
 
     def begin(self, errand: Errand) -> None:

@@ -79,6 +79,7 @@ class SimulatedStager:
         self._rank = rank
         self.result: Result | None = None
         self.busy = self.is_hung = False
+        self.waits = False
         rank.stagers = [*(stager for stager in rank.stagers if stager.busy), self]
 
     def begin(self, errand: Errand) -> None:

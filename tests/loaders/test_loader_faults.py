@@ -191,6 +191,39 @@ def hanging(monkeypatch, rank, errands=1):
     return release
 
 
+def test_the_rank_that_failed_first_is_named_on_all_ranks(cluster, monkeypatch, caplog):
+    """The others fail after it, because it has closed its connections."""
+    group, exchange, failures = cluster(), PeerToPeer.exchange, [1]
+
+    def fail(self, *arguments):
+        if self._rank == 0 and failures:
+            failures.pop()
+            raise OSError("no buffer space")
+        return exchange(self, *arguments)
+
+    monkeypatch.setattr(PeerToPeer, "exchange", fail)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.STATE] == State.STAGING)
+    deadline = time.monotonic() + 10
+    while any(rank.stagers.busy for rank in group.ranks) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    group.tick_until(lambda: caplog.text.count("aborted after") == 3)
+    assert caplog.text.count("EP rank 1: staging failed") == 1
+    assert caplog.text.count("steps: EP rank 0 failed") == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_hangs_is_named_and_not_one_that_waits_for_it(
+    cluster, monkeypatch, caplog, rank
+):
+    group = cluster(timeout_steps=60)
+    release = hanging(monkeypatch, rank)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: caplog.text.count("aborted after") == 3)
+    release.set()
+    assert caplog.text.count(f"steps: EP rank {rank} failed") == 3
+
+
 def test_a_stager_that_hangs_is_aborted_and_later_plans_commit_without_its_rows(
     cluster, monkeypatch, caplog
 ):

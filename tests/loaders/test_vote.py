@@ -16,6 +16,7 @@ BALLOTS = st.builds(
     candidate=IDENTITIES,
     staged=st.booleans(),
     failed=st.booleans(),
+    failed_us=st.sampled_from([0, 1, 10**12, 2**50 - 1]),
     mismatch=st.booleans(),
     changed=st.booleans(),
     stopped=st.booleans(),
@@ -41,10 +42,11 @@ def test_the_outcome_is_what_the_ballots_say(ballots, agree):
     if agree:  # all about the same candidate
         ballots = [ballot._replace(candidate=ballots[0].candidate) for ballot in ballots]
     candidates = {ballot.candidate for ballot in ballots}
+    first = min((ballot.failed_us for ballot in ballots if ballot.failed), default=0)
     assert counted(ballots) == Outcome(
         start=candidates.pop() if len(candidates) == 1 else 0,
         staged=all(ballot.staged for ballot in ballots),
-        failed_rank=highest(ballot.failed for ballot in ballots),
+        failed_rank=highest(ballot.failed and ballot.failed_us == first for ballot in ballots),
         mismatch_rank=highest(ballot.mismatch for ballot in ballots),
         changed_rank=highest(ballot.changed for ballot in ballots),
         stopped_rank=highest(ballot.stopped for ballot in ballots),
