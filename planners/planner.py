@@ -213,9 +213,7 @@ class Planner:
             shape = group.shape
 
             def wake() -> None:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # a plan that outlasts the loop wakes nobody
+                with contextlib.suppress(RuntimeError):  # the loop has ended before the plan
                     loop.call_soon_threadsafe(self._wake.set)
 
             by_source = {"routing": "by_source"} if shape.routes_by_source else {}
