@@ -107,7 +107,7 @@ def test_what_is_held_out_was_not_planned_on(heat, tmp_path):
     held = rows["map"]["held_out"]
     assert held["episodes"] == 20
     assert held["episode_par_mean"] == pytest.approx(par(late, wanted).mean())
-    assert held["episode_par_mean"] > rows["map"]["whole"]["episode_par_mean"] + 0.02
+    assert held["episode_par_mean"] > rows["map"]["whole"]["episode_par_mean"] + 0.005
     steps = np.load(heat)[320:]
     assert held["step_par_mean"] == pytest.approx(episode_par(steps, wanted).mean())
     measured = par(late, start).mean()
