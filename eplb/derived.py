@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..loaders.staging import Stack
+from ..loaders.staging import Stack, plain_bytes
 from .ranges import Ranges
 
 SHARED = {"e_score_correction_bias", "hash_indices_table", "expert_local_to_global"}
@@ -96,7 +96,7 @@ def _are_rows_equal(tensor: torch.Tensor) -> bool:
     """Whether it tells the same of each expert, as strides, limits and dummy scales do."""
     if len(tensor) < 2:
         return False
-    rows = _bytes(tensor).view(len(tensor), -1)
+    rows = _bytes(tensor).view(len(tensor), tensor[0].nbytes)
     return bool((rows == rows[:1]).all())
 
 
@@ -107,7 +107,7 @@ def _are_alike(tensors: list[torch.Tensor]) -> bool:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Its bytes in the order of its elements: not all types (float8, int4) can be compared."""
-    return tensor.contiguous().view(torch.uint8)
+    return plain_bytes(tensor.contiguous())
 
 
 def _values(layer: Any, slots: int) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,6 @@ BETWEEN = "update_weights"
 """Called any number of times between a start and a finish; vLLM closes an update that fails here,
 so that no finish will come."""
 
-
 READS = ("save_sharded_state", "save_tensorized_model", "compute_weight_checksums")
 """Methods that read weights on all ranks, each expert where the loader would write it."""
 

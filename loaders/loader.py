@@ -281,9 +281,10 @@ class Loader:
 
     def _ballot(self) -> Ballot:
         staged = failed = False
-        failed_us = time.monotonic_ns() // 1000
+        failed_us = 0
         latest = self._stagers.result
         if self._active is not None:
+            failed_us = time.monotonic_ns() // 1000
             result = self._result()
             if result is not None:
                 staged, failed = not result.error, bool(result.error)

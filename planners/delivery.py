@@ -7,7 +7,7 @@ from enum import Enum
 import numpy as np
 
 from ..ipc.round import Round, encode_round
-from ..ipc.status import Field, State, StatusBlock
+from ..ipc.status import Field, StatusBlock
 from .group import Group
 from .plan import PlannedRound
 
@@ -75,7 +75,7 @@ class Delivery:
         if dropped >= self._first or self._sum(Field.REFUSED) > self._refused:
             self.reason = "a rank refused or dropped a round; its log says why"
             return Progress.FAILED
-        if any(rank.status[Field.STATE] == State.STOPPED for rank in self._group.ranks):
+        if self._group.stopped():
             self.reason = "a rank has stopped balancing; its log says why"
             return Progress.FAILED
         if self._is_stuck(committed):

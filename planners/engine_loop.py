@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 
 from ..ipc import rank_segment
-from ..ipc.status import Field, State
 from . import guard
 from .delivery import Delivery, Progress
 from .episodes import EpisodeWindow
@@ -211,11 +210,7 @@ class EngineLoop:
 
     def _has_stopped(self) -> bool:
         """Whether ranks balance no more, be there heat and a placement or not; says so once."""
-        stopped = [
-            rank.header.rank
-            for rank in self._group.ranks
-            if rank.status[Field.STATE] == State.STOPPED
-        ]
+        stopped = self._group.stopped()
         if stopped and not self._stopped:
             log.error(
                 "EP ranks %s have stopped balancing, their log says why; nothing is planned "

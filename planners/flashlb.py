@@ -308,16 +308,15 @@ class FlashLB:
         stuck: list[Offer] = []
         for costly in (False, True):
             for offer in stuck if costly else offers:
-                parts = [offer]
-                if offer.moves > room:
-                    parts = []
-                    if room and (costly or tries > 0):
-                        parts = self._parts(window, before, offer, terms, room, costly)
-                        if not parts and not costly:
-                            stuck.append(offer)
-                        elif not parts and room == whole and offer.layer in self._going:
-                            self._promises.settle(offer.layer, float(before[offer.layer]))
-                    tries -= 1
+                fits = offer.moves <= room
+                parts = [offer] if fits else []
+                if not fits and room and (costly or tries > 0):
+                    parts = self._parts(window, before, offer, terms, room, costly)
+                    if not parts and not costly:
+                        stuck.append(offer)
+                    elif not parts and room == whole and offer.layer in self._going:
+                        self._promises.settle(offer.layer, float(before[offer.layer]))
+                tries -= not fits
                 for part in parts:
                     if layers == self.max_layers:
                         return

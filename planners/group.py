@@ -14,7 +14,7 @@ from ..ipc.names import rank_name
 from ..ipc.placement import PlacementError, check_placement
 from ..ipc.rank_segment import RankSegment, check_group
 from ..ipc.round_log import TRANSFER
-from ..ipc.status import Field
+from ..ipc.status import Field, State
 from .chunk import RANK_TRANSFER
 from .step_heat import StepHeat, StepMatcher, group_heat
 
@@ -75,6 +75,12 @@ class Group:
     def is_alive(self) -> bool:
         """Whether every rank's process lives."""
         return all(rank.owner_is_alive() for rank in self.ranks)
+
+    def stopped(self) -> list[int]:
+        """The EP ranks that have stopped balancing."""
+        return [
+            rank.header.rank for rank in self.ranks if rank.status[Field.STATE] == State.STOPPED
+        ]
 
     def committed(self) -> tuple[int, np.ndarray] | None:
         """(epoch, int32 [layers, ranks, slots]) if all ranks show the same and it is valid."""

@@ -54,7 +54,7 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         measure_all(layer, heaviest)
         steps = 0
         for _ in range(REPLACES if swaps == 0 else 0):
-            spent = _replace_one(layer, price, room, min(checks, REPLACES_CHECKED), least)
+            spent = _replace_one(layer, price, room, least)
             if spent == _NONE:
                 break
             room -= spent
@@ -92,14 +92,14 @@ def _by_margin(layer, least):
 
 
 @njit(**FAST)
-def _replace_one(layer, price, room, checks, least):
+def _replace_one(layer, price, room, least):
     """Carry out the best replacement of a spare replica: the moves spent, or _NONE."""
     placement, held, home = layer.placement, layer.held, layer.home
     counts, mean, harm = layer.counts, layer.mean, layer.harm
     saved = _saved(layer)
     spare, unit, lost = _spare_slots(layer)
-    gains = np.empty(checks, np.float32)
-    steps = np.empty((checks, 3), np.int32)
+    gains = np.empty(REPLACES_CHECKED, np.float32)
+    steps = np.empty((REPLACES_CHECKED, 3), np.int32)
     filled, bar = 0, np.float32(least)
     for b in _hottest(saved, bar):
         if saved[b] <= bar:
@@ -115,8 +115,8 @@ def _replace_one(layer, price, room, checks, least):
             if gain <= bar or moves > room or held[rank, b]:
                 continue
             filled = enter(gains, steps, filled, gain, rank, slot, b)
-            if filled == checks:
-                bar = gains[checks - 1]
+            if filled == REPLACES_CHECKED:
+                bar = gains[filled - 1]
     best, chosen, spent = np.float32(least), -1, _NONE
     for i in range(filled):
         rank, slot, b = steps[i]

@@ -94,7 +94,7 @@ def part_of_the_way(heat, layer, today, wanted, room, costly):
     experts = heat.shape[2]
     scaled, _ = scale_heat(heat, layer, len(today))
     new = slot_of(wanted, experts)
-    giver, taker = bonds(today, wanted, slot_of(today, experts), new)
+    giver, taker = bonds(today, wanted, new)
     units, sizes, cyclic = units_of(today, wanted, giver, taker, new)
     if costly and (sizes[cyclic] > room).any():
         return today.copy()

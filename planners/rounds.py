@@ -17,9 +17,8 @@ def schedule(before, placement, layers, rows):
     used = np.zeros((64, ranks), np.int32)
     free = np.zeros(ranks, np.int64)
     for layer in layers:
-        old = slot_of(before[layer], experts)
         new = slot_of(placement[layer], experts)
-        giver, taker = bonds(before[layer], placement[layer], old, new)
+        giver, taker = bonds(before[layer], placement[layer], new)
         units, sizes, cyclic = units_of(before[layer], placement[layer], giver, taker, new)
         for atomic in (True, False):
             start = 0

@@ -326,13 +326,13 @@ def _count_vectors(layer, effort):
     most = len(effort.deviations) * len(effort.slacks)
     vectors = np.empty((most, experts), np.int32)
     cautions = np.empty(most, np.float32)
-    n = 0
+    n, is_heavy = 0, False
     for deviation in effort.deviations:
         for expert in range(experts):
             weights[expert] = layer.mean[expert] + np.float32(deviation) * spread[expert]
         threshold = least_threshold(weights, ranks * slots, ranks)
         for slack in effort.slacks:
-            if n > 0 and vectors[0].max() < effort.heavy * ranks:
+            if n > 0 and not is_heavy:
                 break
             counts = replica_counts(weights, ranks * slots, ranks, threshold, np.float32(slack))
             known = False
@@ -342,6 +342,7 @@ def _count_vectors(layer, effort):
                 vectors[n] = counts
                 cautions[n] = caution * (slack - 1)
                 n += 1
+                is_heavy |= n == 1 and counts.max() >= effort.heavy * ranks
     return vectors[:n], cautions[:n]
 
 

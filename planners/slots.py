@@ -26,14 +26,14 @@ def slot_of(placement, experts):
 
 
 @njit(nogil=True, cache=True)
-def bonds(before, after, old, new):
+def bonds(before, after, new):
     """(giver, taker)[experts] of each expert that stays on no rank, -1 for the others.
 
     Args:
         before, after: int32[ranks, slots].
-        old, new: `slot_of` these.
+        new: `slot_of` after.
     """
-    ranks, experts = old.shape
+    ranks, experts = new.shape
     giver = np.full(experts, -1, np.int32)
     taker = np.full(experts, -1, np.int32)
     stays = np.zeros(experts, np.bool_)
@@ -57,7 +57,7 @@ def align_layers(before, placement, experts):
             continue
         wanted = placement[layer].copy()
         old, new = slot_of(before[layer], experts), slot_of(wanted, experts)
-        giver, taker = bonds(before[layer], wanted, old, new)
+        giver, taker = bonds(before[layer], wanted, new)
         heir = np.full(old.shape, -1, np.int32)
         _pair_cycles(giver, taker, heir)
         _pair_free(before[layer], wanted, old, new, heir)
