@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from .estimate import enter, harm_of, measure_all, measure_rank
-from .layer import FAST, moved, replace, replace_gain
+from .layer import FAST, excess, moved, replace, replace_gain
 from .swaps import even_out, lay_out, lay_out_again, new_desk, swap_one
 
 REPLACES = 2
@@ -28,7 +28,7 @@ _NONE = -(2**30)
 
 
 @njit(**FAST)
-def improve(layer, price, most_moves, checks, partners, sweeps, least):
+def improve(layer, price, most_moves, checks, partners, sweeps, least, fraction):
     """Sweep over the ranks until nothing gains.
 
     Args:
@@ -39,6 +39,8 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         partners: ranks, those with most room, that a rank may swap with.
         sweeps: most passes over the ranks.
         least: PAR that a step must win on top of its price.
+        fraction: of the excess over a perfect balance, which it must win, too: where much is left
+            small steps take time and change little.
     """
     ranks = len(layer.placement)
     heaviest = (layer.mean * layer.share).max()
@@ -51,10 +53,11 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
     even_out(layer, price, room, 0.0)
     room = most_moves - moved(layer)
     for _ in range(sweeps):
+        enough = max(least, fraction * excess(layer))
         measure_all(layer, heaviest)
         steps = 0
         for _ in range(REPLACES if swaps == 0 else 0):
-            spent = _replace_one(layer, price, room, least)
+            spent = _replace_one(layer, price, room, enough)
             if spent == _NONE:
                 break
             room -= spent
@@ -64,10 +67,10 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least):
         others = np.argsort(layer.harm[:, 4])[:partners]
         n = lay_out(layer, others, desk)
         swaps = 0
-        for rank in _by_margin(layer, WORTHWHILE * least):
+        for rank in _by_margin(layer, WORTHWHILE * enough):
             if stuck[rank]:
                 continue
-            other, spent = swap_one(layer, rank, n, price, room, checks, desk, least)
+            other, spent = swap_one(layer, rank, n, price, room, checks, desk, enough)
             stuck[rank] = other < 0
             if other >= 0:
                 room -= spent

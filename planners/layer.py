@@ -205,6 +205,12 @@ def peak(layer):
     return layer.top[0].sum()
 
 
+@njit(**FAST)
+def excess(layer):
+    """What of `peak` a perfect balance would not have."""
+    return peak(layer) - layer.mean.sum() / len(layer.loads) * layer.heat.shape[1]
+
+
 @njit(**INLINE)
 def swap_gain(layer, rank, expert, other, other_expert):
     """What it wins if `expert` on `rank` and `other_expert` on `other` change places."""

@@ -9,7 +9,7 @@ from numba import njit
 
 from .counts import least_threshold, replica_counts
 from .improve import improve
-from .layer import FAST, merge, moved, new_layer, peak, replace, settle, swap
+from .layer import FAST, excess, merge, moved, new_layer, peak, replace, settle, swap
 from .place import place
 from .relabel import relabel
 from .routing import LEAST, weigh, weigh_sources
@@ -48,7 +48,7 @@ class Effort(NamedTuple):
         slacks: see `counts.replica_counts`; one vector of each family for each.
         heavy: share of the ranks that an expert must need so that slacks above the first are tried.
         starts: vectors of counts, the best of all, that are placed and improved.
-        checks, partners, sweeps, least: of `improve.improve`.
+        checks, partners, sweeps, least, fraction: of `improve.improve`.
         episodes: most episodes to search on; more of them are merged.
         kicks: times that the best placement is disturbed and improved again.
     """
@@ -61,6 +61,7 @@ class Effort(NamedTuple):
     partners: int
     sweeps: int
     least: float
+    fraction: float
     episodes: int
     kicks: int
 
@@ -168,9 +169,9 @@ def from_today(layer, effort, terms, best, found):
 
     The price of a move falls in steps, so that those which win most come first.
     """
-    excess = peak(layer) - layer.mean.sum() / len(layer.loads) * layer.heat.shape[1]
+    left = excess(layer)
     for divisor in (1, 4, 16):
-        price = max(terms.price, excess / max(1, terms.most_moves) / divisor)
+        price = max(terms.price, left / max(1, terms.most_moves) / divisor)
         price = price if divisor < 16 else terms.price
         _improve(layer, effort, price, terms.most_moves, effort.sweeps)
     best = _keep_better(layer, terms, terms.price, best, found)
@@ -191,6 +192,7 @@ def _improve(layer, effort, price, most_moves, sweeps):
         effort.partners,
         sweeps,
         np.float32(effort.least),
+        np.float32(effort.fraction),
     )
 
 

@@ -73,8 +73,8 @@ def test_earlier_windows_of_other_heat_do_not_count():
 
 
 def test_earlier_windows_make_plans_from_few_tokens_better():
-    left = np.zeros(2)  # of the excess, over four models: one alone says little
-    for seed in range(4, 8):
+    left = np.zeros(2)  # of the excess, over twelve models: four alone say little
+    for seed in range(4, 16):
         popularity = zipf(np.random.default_rng(seed), 4, 64, 0.8)
         for i, half_life in enumerate((64, 0)):
             draws = np.random.default_rng(seed + 1)
@@ -83,7 +83,7 @@ def test_earlier_windows_make_plans_from_few_tokens_better():
                 heat = window(draws, popularity, 8, 400)
                 placement = planner.plan(heat, placement, every_layer=True).placement
             left[i] += (ratios(window(draws, popularity, 64), placement) - 1).mean()
-    assert left[0] < 0.65 * left[1]
+    assert left[0] < 0.8 * left[1]
 
 
 def test_what_came_before_a_change_is_not_remembered_again_where_tokens_are_few():

@@ -122,11 +122,10 @@ def test_plans_within_a_limit_of_moves_come_near_to_one_without(shape, most):
     assert without < 0.02 * before
 
 
-@pytest.mark.parametrize("shape", [(256, 64, 5), (64, 64, 2), (256, 32, 9)])
-@pytest.mark.parametrize("change", ["one expert", "all experts"])
-def test_a_layer_with_a_promise_does_not_stay_far_from_what_a_new_object_reaches(shape, change):
+def above_new(shape, change, seed):
+    """PAR of a layer 20 windows after a change of its heat, above that of a new object's plan."""
     experts, ranks, slots = shape
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     popularity = rng.dirichlet(np.full(experts, 0.6), 1)
     planner, placement = FlashLB(ranks, slots), shuffled(rng, 1, ranks, slots, experts)
     seen = np.empty((0, 1, experts), int)
@@ -139,9 +138,15 @@ def test_a_layer_with_a_promise_does_not_stay_far_from_what_a_new_object_reaches
         seen = np.concatenate([seen, rng.poisson(popularity * experts * 1000, (8, 1, experts))])
         seen = seen[-64:]
         placement = planner.plan(seen, placement).placement
-    new = FlashLB(ranks, slots).plan(seen, placement)
+    return ratios(seen, placement)[0] - FlashLB(ranks, slots).plan(seen, placement).par_after[0]
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 5), (64, 64, 2), (256, 32, 9)])
+@pytest.mark.parametrize("change", ["one expert", "all experts"])
+def test_a_layer_with_a_promise_does_not_stay_far_from_what_a_new_object_reaches(shape, change):
     # a placement anew costs three times the price of its moves: 0.057 for 110 of 288 slots
-    assert ratios(seen, placement)[0] < new.par_after[0] + 0.06
+    above = [above_new(shape, change, seed) for seed in range(3, 8)]
+    assert np.mean(above) < 0.06
 
 
 def exchanged(popularity, pairs):

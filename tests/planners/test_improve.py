@@ -9,8 +9,8 @@ from flash_eplb.planners.improve import improve
 from flash_eplb.planners.swaps import even_out
 
 
-def improved(layer, price=0.0, most=10**6, least=1e-6):
-    improve(layer, np.float32(price), most, 8, 16, 30, np.float32(least))
+def improved(layer, price=0.0, most=10**6, least=1e-6, fraction=0.0):
+    improve(layer, np.float32(price), most, 8, 16, 30, np.float32(least), np.float32(fraction))
     return layer.placement
 
 
@@ -63,6 +63,14 @@ def test_swaps_look_at_the_episodes_and_not_at_their_mean():
     # On the mean all is even; but experts 0 and 1 are hot together, and so are 2 and 3.
     heat = np.array([[9, 9, 1, 1], [1, 1, 9, 9]]) * 2 / 40
     assert peaks(heat, improved(settled(heat, [[0, 1], [2, 3]]))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("fraction", "ratio"), [(0.1, 1), (0.2, 1.8)])
+def test_a_step_must_win_its_fraction_of_the_excess(fraction, ratio):
+    # One swap wins all of the excess; a rank is looked at if its margin is worth eight steps.
+    heat = np.array([[9, 9, 1, 1], [1, 1, 9, 9]]) * 2 / 40
+    placement = improved(settled(heat, [[0, 1], [2, 3]]), fraction=fraction)
+    assert peaks(heat, placement) == pytest.approx(ratio)
 
 
 def test_a_slot_of_a_cold_replica_goes_to_a_hot_expert():
