@@ -1,4 +1,4 @@
-"""A place for compiled kernels where numba finds none: the package and the home cannot be written.
+"""Where compiled kernels lie, and that they are those of the source.
 
 Packages with kernels call `provide` when they are imported, so before numba looks for a place. vLLM
 imports them in every process: nothing heavy here, least of all numba.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import stat
 import sys
@@ -24,6 +25,8 @@ def provide() -> str:
 
     Children inherit it. Where the folder cannot be had numba says that it cannot cache.
     """
+    with contextlib.suppress(OSError):
+        _forget_old_kernels()
     if os.environ.get(VARIABLE) or _has_place():
         return ""
     folder = _own_folder()
@@ -42,6 +45,30 @@ def notice() -> str:
         f"numba can keep compiled kernels neither in the package nor in {_user_wide()}: they are "
         f"in {folder}; set {VARIABLE} to have them elsewhere"
     )
+
+
+def _forget_old_kernels() -> None:
+    """Remove what was compiled in the packages before a source with kernels was changed.
+
+    numba looks at a kernel's own file only, and would keep what others had inlined into it. It is
+    the index that goes, so a process that runs meanwhile compiles again, and no more.
+    """
+    here = Path(__file__).parent
+    state = hashlib.sha256()
+    for name in _PACKAGES:
+        for path in sorted((here / name).glob("*.py")):
+            if b"njit" in (source := path.read_bytes()):
+                state.update(source)
+    stamp = here / "planners" / "__pycache__" / "kernels.sha256"
+    if stamp.exists() and stamp.read_text() == state.hexdigest():
+        return
+    for name in _PACKAGES:
+        for index in (here / name / "__pycache__").glob("*.nbi"):
+            index.unlink(missing_ok=True)
+    fresh = stamp.with_name(f"{stamp.name}.{os.getpid()}")
+    stamp.parent.mkdir(exist_ok=True)
+    fresh.write_text(state.hexdigest())
+    fresh.replace(stamp)
 
 
 def _has_place() -> bool:

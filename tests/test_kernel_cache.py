@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import flash_eplb
+from flash_eplb import kernel_cache
 
 COMPILE = """
 import numpy as np
@@ -100,3 +101,29 @@ def test_a_numba_that_is_there_already_is_told(copied, tmp_path):
     found = copied("-c", "import numba\n" + COMPILE)
     assert (found.returncode, found.stderr) == (0, "")
     assert list(folder_of(tmp_path).glob("planners_*/par.*.nbc"))
+
+
+def test_kernels_from_before_a_change_of_any_source_with_kernels_are_forgotten(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(kernel_cache, "__file__", str(tmp_path / "kernel_cache.py"))
+    sources = [tmp_path / name for name in ("planners/search.py", "ipc/ring.py", "ipc/plain.py")]
+    for source in sources:
+        source.parent.mkdir(exist_ok=True)
+        source.write_text("" if source.stem == "plain" else "from numba import njit")
+    index = tmp_path / "planners" / "__pycache__" / "search.kernel.nbi"
+
+    def is_kept():
+        index.parent.mkdir(exist_ok=True)
+        index.write_text("compiled")
+        kernel_cache._forget_old_kernels()
+        return index.exists()
+
+    is_kept()
+    assert is_kept()
+    sources[2].write_text("nothing that numba compiles")
+    assert is_kept()
+    sources[1].write_text("from numba import njit  # changed")
+    assert not is_kept()
+    assert is_kept()
+    assert {path.name for path in index.parent.iterdir()} == {index.name, "kernels.sha256"}
