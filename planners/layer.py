@@ -55,8 +55,8 @@ class Layer(NamedTuple):
 STRETCHES = 16
 """Stretches of episodes in `coarse`."""
 
-BLOCK = 16
-"""Floats in a cache line."""
+BLOCK = 8
+"""Rows that are transposed at once."""
 
 SCALAR = 10
 """Times that an episode takes longer in `highest_of` than in `find_highest`."""
@@ -123,11 +123,16 @@ def _transposed(values):
     """A copy of float32[m, n] as [n, m], made in blocks that stay in the cache."""
     rows, columns = values.shape
     out = np.empty((columns, rows), np.float32)
-    for block in range(0, columns, BLOCK):
-        first, count = np.uintp(block), min(BLOCK, columns - block)
-        for row in range(rows):
-            for column in range(count):
-                out[first + np.uintp(column), row] = values[row, first + np.uintp(column)]
+    whole = rows - rows % BLOCK
+    for block in range(0, whole, BLOCK):
+        first = np.uintp(block)
+        for i in range(columns):
+            column = np.uintp(i)
+            for row in range(BLOCK):
+                out[column, first + np.uintp(row)] = values[first + np.uintp(row), column]
+    for row in range(whole, rows):
+        for column in range(columns):
+            out[column, row] = values[row, column]
     return out
 
 
