@@ -128,10 +128,18 @@ def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:
 def options_of(
     config: settings.Config, choice: Choice, source: str = "EPLB_POLICY="
 ) -> dict[str, Any]:
-    """The settings that a policy may take; says which of those that were set this one does not."""
+    """The settings that a policy may take; says which of those that were set this one does not.
+
+    The command ends with 2 where the policy could never move anything.
+    """
     options = {option: getattr(config, name) for option, name in SETTINGS_OF.items()}
     for option in ("max_moves", "max_layers"):
         options[option] = options[option] or None
+    if choice.name == "swap" and options["max_moves"] == 1:
+        fail(
+            f"{settings.PREFIX}MAX_MOVES is 1, with which {source}swap moves nothing: it exchanges "
+            "two experts; set 2 or more, or 0 for no cap"
+        )
     for option, name in SETTINGS_OF.items():
         if option not in choice.options and settings.source(name) != "default":
             variable = settings.PREFIX + name.upper()

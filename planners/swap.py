@@ -30,8 +30,8 @@ class Swap:
         slots_per_rank: slots of each layer on each rank, at least 1.
         ranks_per_node: consecutive ranks that share a node, whose weights are taken first; None if
             distance is of no matter.
-        max_moves: most slots that a plan writes, in all layers together; None for no limit. An
-            exchange writes two, so with 1 nothing ever moves.
+        max_moves: most slots that a plan writes, in all layers together; None for no limit. It
+            cannot be 1: an exchange writes two.
         min_excess: PAR - 1 up to which a layer is left alone.
         min_gain: least PAR a layer's new placement must win.
 
@@ -53,6 +53,8 @@ class Swap:
         self.slots_per_rank = whole("slots_per_rank", slots_per_rank, 1)
         self.ranks_per_node = optional("ranks_per_node", ranks_per_node, 1)
         self.max_moves = optional("max_moves", max_moves, 0)
+        if self.max_moves == 1:
+            raise ValueError("max_moves is 1; swap moves two experts at once: give 2 or more")
         self.min_excess = amount("min_excess", min_excess)
         self.min_gain = amount("min_gain", min_gain)
 

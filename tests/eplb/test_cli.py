@@ -167,6 +167,17 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert "MIN_GAIN" not in found.stderr
 
 
+def test_a_cap_with_which_the_policy_moves_nothing_is_refused(environment):
+    environment.setenv("EPLB_POLICY", "swap")
+    environment.setenv("EPLB_MAX_MOVES", "1")
+    found = eplb("planner")
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "eplb: EPLB_MAX_MOVES is 1, with which EPLB_POLICY=swap moves nothing: it exchanges two "
+        "experts; set 2 or more, or 0 for no cap\n",
+    )
+
+
 @pytest.mark.parametrize("most", [8, 12, 16])
 def test_a_planner_that_may_open_too_few_files_says_so_in_one_sentence(session, most):
     command = f'ulimit -n {most}; exec "$0" -m flash_eplb.eplb.cli planner --session {session}'
