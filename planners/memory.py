@@ -20,6 +20,10 @@ STIR = 0.05
 LEAVING = 0.01
 """Share of the tokens by which the newer half may be further from the past than the older."""
 
+AHEAD = 0.5
+"""The same as a share of what separates the halves, where that is less: a single expert that
+grows little by little moves few tokens, all of them away from the past."""
+
 
 class Memory:
     """The heat of earlier windows, each episode of half the weight of one `half_life` later.
@@ -84,8 +88,10 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     if not half:
         return _apart(before, now) <= STIR
     older, newer = _popularity(window[:half]), _popularity(window[half:])
-    is_near = _apart(before, now) <= FAR * _apart(older, newer) + STIR
-    return is_near & (_apart(before, newer) <= _apart(before, older) + LEAVING)
+    halves = _apart(older, newer)
+    is_near = _apart(before, now) <= FAR * halves + STIR
+    leaving = np.minimum(LEAVING, AHEAD * halves)
+    return is_near & (_apart(before, newer) <= _apart(before, older) + leaving)
 
 
 def is_other(past: np.ndarray, window: np.ndarray) -> np.ndarray:

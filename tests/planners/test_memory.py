@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from heats import window, zipf
 
-from flash_eplb.planners.memory import Memory, is_other
+from flash_eplb.planners.memory import Memory, is_alike, is_other
 
 
 def episodes(first, last, layers=2, experts=3):
@@ -102,3 +102,13 @@ def test_other_heat_is_told_from_chance_however_few_tokens_are_past(count):
     assert not is_other(window(rng, after, count, 100), heat).any()
     assert is_other(window(rng, before, count, 100), heat).mean() > (0.9 if count > 4 else 0)
     assert not is_other(np.zeros((0, 200, 64)), heat).any()
+
+
+@pytest.mark.parametrize("rise", [0, 2e-4])
+def test_an_expert_that_grows_little_by_little_leaves_the_past_behind(rise):
+    rng = np.random.default_rng(1)
+    share = np.repeat(zipf(rng, 1, 64, 0.4)[None], 192, axis=0)
+    share[:, 0, 0] += rise * np.arange(192)
+    heat = rng.poisson(10**6 * share).astype(float)
+    past, recent = heat[:128].reshape(32, 4, 1, 64).sum(axis=1), heat[128:]
+    assert is_alike(past, recent).tolist() == [rise == 0]
