@@ -42,8 +42,9 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
 
     Returns:
         (float64[T, layers, E]; float64[layers], the standard error of the shares of all experts
-        together that chance explains, 0 where that is the lesser part). The episodes are those of
-        the window where that is 0, or the window too short to tell chance from change.
+        together: by chance and by what else does not last from one episode to the next; 0 where
+        chance is the lesser part). The episodes are those of the window where that is 0, or the
+        window too short to tell chance from change.
     """
     errors = np.zeros(window.shape[1])
     tokens = window.sum(axis=2)
@@ -57,10 +58,13 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
     chosen = np.flatnonzero(by_chance)
     chosen = chosen[(window[:, chosen] % 1 == 0).all(axis=(0, 2))]  # what is no count has no chance
     expected = window.copy() if len(chosen) else window
+    noise = chance
+    if len(window) >= 2 * FEWEST:
+        noise = np.maximum(chance, _steps(share).mean(axis=0) / 2)
     for layer in chosen:
-        spans, weights = _weights(share[:, layer], past[:, layer], span, chance[layer])
+        spans, weights = _weights(share[:, layer], past[:, layer], span, noise[layer])
         level = weights @ np.concatenate([shares(past[:, layer]), share[:, layer]])
-        errors[layer] = math.sqrt(chance[layer] * (weights**2 / spans).sum())
+        errors[layer] = math.sqrt(noise[layer] * (weights**2 / spans).sum())
         mean = window[:, layer].mean(axis=0)
         kept = max(0.0, 1 - chance[layer] / spread[layer])
         level *= tokens[:, layer].mean()
@@ -78,29 +82,33 @@ def mostly_chance(window: np.ndarray) -> np.ndarray:
         window: float64[T, layers, E], oldest first, at least two episodes.
     """
     chance = (1 / np.maximum(window.sum(axis=2), 1)).mean(axis=0)
-    steps = (np.diff(shares(window), axis=0) ** 2).sum(axis=2)
-    return np.asarray(chance > MOSTLY * np.median(steps, axis=0) / 2)
+    return np.asarray(chance > MOSTLY * np.median(_steps(shares(window)), axis=0) / 2)
+
+
+def _steps(share: np.ndarray) -> np.ndarray:
+    """Squares of what shares change by from episode to episode, float64[T - 1, layers]."""
+    return (np.diff(share, axis=0) ** 2).sum(axis=2)
 
 
 def _weights(
-    share: np.ndarray, past: np.ndarray, span: int, chance: float
+    share: np.ndarray, past: np.ndarray, span: int, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the past and of the window's episodes: (how many each sums up; its weight, 1 in sum).
 
-    How fast shares drift is what the halves of the window differ by, less what chance explains.
+    How fast shares drift is what the halves of the window differ by, less what noise explains.
 
     Args:
         share: float64[T, E], of the window's episodes.
         past, span: as in `forecast`, of the layer.
-        chance: the variance of one episode's shares, over all experts.
+        noise: the variance of one episode's shares that does not last, over all experts.
     """
     half = len(share) // 2
     apart = ((share[-half:].mean(axis=0) - share[:half].mean(axis=0)) ** 2).sum()
-    by_chance = 2 * chance / half * (1 + DOUBT * math.sqrt(2 * (share.mean(axis=0) ** 2).sum()))
+    by_noise = 2 * noise / half * (1 + DOUBT * math.sqrt(2 * (share.mean(axis=0) ** 2).sum()))
     # two adjacent stretches of a random walk differ by 2/3 of what it does in one of them
-    drift = max(0.0, apart - by_chance) * 1.5 / half
+    drift = max(0.0, apart - by_noise) * 1.5 / half
     spans = np.concatenate([np.full(len(past), span), np.ones(len(share))])
     age = spans[::-1].cumsum()[::-1] - spans / 2
-    weights = spans * (1 - math.sqrt(drift / (drift + chance))) ** age
+    weights = spans * (1 - math.sqrt(drift / (drift + noise))) ** age
     weights[: len(past)] *= past.any(axis=1)
     return spans, weights / weights.sum()

@@ -47,6 +47,17 @@ def test_shares_that_drift_are_carried_to_the_end_of_the_window(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_what_varies_by_more_than_chance_is_no_drift(seed):
+    rng = np.random.default_rng(seed)
+    popularity = zipf(rng, 1, 64, 0.6) * rng.gamma(20, 1 / 20, (64, 1, 64))
+    heat = rng.poisson(1500 * popularity).astype(float)
+    expected, error = forecast(heat, NONE, 4)
+    varies = (heat / heat.sum(axis=2, keepdims=True)).var(axis=0, ddof=1).sum()
+    assert error[0] == pytest.approx(np.sqrt(varies / 64), rel=0.1)
+    np.testing.assert_allclose(shares(expected), shares(heat), atol=0.002)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_the_past_counts_where_nothing_drifts(seed):
     rng = np.random.default_rng(seed)
     popularity = zipf(rng, 1, 64)
