@@ -19,7 +19,8 @@ FIRST_SHARE = 0.03
 """Share of the price of moves that a layer without a promise pays: its plan gains for long."""
 
 FAR = 3.0
-"""Times the price of moves that a layer with a promise pays if all is placed anew."""
+"""Times the price of moves that a layer with a promise pays if all is placed anew, unless it has
+waited for a plan for long."""
 
 
 class Finder:
@@ -112,14 +113,15 @@ class Finder:
         """Placements int32[n, ranks, slots] for `layers`, and the moves int64[n] they take."""
         found = np.empty((len(layers), self._ranks, self._slots), np.int32)
         moves = np.empty(len(layers), np.int64)
-        kinds = np.column_stack([window.kept, window.settled, window.alike])[layers]
+        far = window.settled & ~window.waiting & (not window.anew)
+        kinds = np.column_stack([window.kept, window.settled, window.alike, far])[layers]
         rows: dict[tuple[bool, ...], list[int]] = {}
         for row, kind in enumerate(kinds.tolist()):
             rows.setdefault(tuple(kind), []).append(row)
-        for (kept, settled, alike), mine in rows.items():
+        for (kept, settled, alike, is_far), mine in rows.items():
             heat, weights = window.with_past() if alike else window.alone()
             price = terms.price * (1 if settled else FIRST_SHARE)
-            far_price = price * (FAR if settled and not window.anew else 1)
+            far_price = price * (FAR if is_far else 1)
             search = partial(search_layers, heat, weights, window.today)
             effort = effort_of(self._effort, self._ranks * self._slots, len(heat))
             today = kept or not window.anew or not terms.scratch  # else it is new altogether

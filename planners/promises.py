@@ -7,6 +7,9 @@ import numpy as np
 from .forecast import DOUBT
 from .window import Offer, Window
 
+PATIENCE = 8
+"""Calls in a row in which a layer is due and stays as it is: then it does so for good."""
+
 OPTIMISM = 3.0
 """Times the excess on the window of a plan that the next window may show without surprise."""
 
@@ -25,18 +28,26 @@ class Promises:
         self._min_excess, self._floor, self._tolerance = min_excess, floor, tolerance
         self._promised = np.empty(0)
         self._untried = np.empty(0, np.bool_)
+        self._waits = np.empty(0, np.int64)
 
     def keep(self, kept: np.ndarray) -> None:
         """Forget the layers that are not `kept`, bool[layers]; all of them if there are others."""
         if len(self._promised) != len(kept):
             self._promised = np.full(len(kept), np.nan)
             self._untried = np.zeros(len(kept), np.bool_)
+            self._waits = np.zeros(len(kept), np.int64)
         self._promised[~kept] = np.nan
+        self._waits[~kept] = 0
 
     @property
     def made(self) -> np.ndarray:
         """Which layers have a promise, bool[layers]."""
         return ~np.isnan(self._promised)
+
+    @property
+    def waiting(self) -> np.ndarray:
+        """Which layers have been due in PATIENCE calls without a plan, bool[layers]."""
+        return self._waits >= PATIENCE
 
     def due(self, window: Window, before: np.ndarray, error: np.ndarray) -> np.ndarray:
         """The layers above the floor, and those with an excess and without a promise kept.
@@ -55,7 +66,9 @@ class Promises:
         self._untried[:] = False
         kept = before <= self._promised + slack
         kept &= before <= 1 + self._floor + DOUBT * window.noise
-        return np.flatnonzero((before > 1 + self._min_excess) & ~kept)
+        is_due = (before > 1 + self._min_excess) & ~kept
+        self._waits = (self._waits + 1) * is_due
+        return np.flatnonzero(is_due)
 
     def settle(self, layer: int, par: float) -> None:
         """A layer whose plan was carried out in part stays at `par`: the rest is not worth it."""
@@ -70,6 +83,7 @@ class Promises:
             if offer.layer not in taken:
                 continue
             whole = taken[offer.layer] is offer
+            self._waits[offer.layer] = 0
             self._promised[offer.layer] = offer.promise if whole else np.nan
             self._untried[offer.layer] = every_layer and whole
 

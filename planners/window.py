@@ -20,6 +20,7 @@ class Window(NamedTuple):
         alike: bool[layers], whether the past of a layer counts.
         kept: bool[layers], whether a layer has the placement of its last plan.
         settled: bool[layers], those of `kept` that have a promise.
+        waiting: bool[layers], those of `settled` that have waited for a plan for long.
         anew: whether settled layers are placed from scratch, too.
         today: int32[layers, R, S].
         columns: int16[layers, R, S], the routing columns of today.
@@ -33,6 +34,7 @@ class Window(NamedTuple):
     alike: np.ndarray
     kept: np.ndarray
     settled: np.ndarray
+    waiting: np.ndarray
     anew: bool
     today: np.ndarray
     columns: np.ndarray

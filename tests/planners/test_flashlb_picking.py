@@ -183,6 +183,17 @@ def test_an_abrupt_change_of_one_layer_gives_a_plan_of_that_layer(
     assert (excess < 0.15).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layer_planned_from_few_episodes_does_not_stay_far_from_what_a_whole_window_allows(seed):
+    rng = np.random.default_rng(seed)
+    phase = np.arange(280)[:, None, None] / 40 + rng.random((2, 128))
+    heat = rng.poisson(MANY * zipf(rng, 2, 128, 0.9) * (1 + 0.9 * np.sin(2 * np.pi * phase)))
+    planner, placement = FlashLB(16, 9), initial(2, 16, 9, 128)
+    for end in range(8, 281, 8):
+        placement = planner.plan(heat[max(0, end - 64) : end], placement).placement
+    assert (ratios(heat[-64:], placement) < 1.05).all()
+
+
 def test_slow_drift_moves_few_slots():
     rng = np.random.default_rng(5)
     popularity = zipf(rng, 1, 256)
