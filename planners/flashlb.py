@@ -111,6 +111,7 @@ class FlashLB:
         self._going = Going()
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
+        self._changed = np.empty(0, np.int32)
         self._division = None
         if routing != "uniform":
             in_threads = partial(spread, self.threads)
@@ -192,8 +193,8 @@ class FlashLB:
         return self._plan(window, shown, before, taken, rerouted)
 
     def forget(self) -> None:
-        """The last plan was not carried out: the layers are not where it wanted them."""
-        self._planned[:] = -1
+        """The last plan was not carried out: the layers that it changes may be anywhere."""
+        self._planned[self._changed] = -1
 
     def _window(self, tokens: np.ndarray, today: np.ndarray, every_layer: bool) -> Window:
         """What is planned from: the heat, what to expect from it, and what is remembered."""
@@ -251,13 +252,16 @@ class FlashLB:
         self._planned = wanted.copy()
         others = [layer for layer in rerouted.tolist() if layer not in taken]
         near = self.ranks_per_node
-        return plan_between(window.today, wanted, before, after, columns, near, others)
+        plan = plan_between(window.today, wanted, before, after, columns, near, others)
+        self._changed = plan.changed
+        return plan
 
     def _kept(self, today: np.ndarray) -> np.ndarray:
         """Whether each layer has the placement that the last plan gave it; forgets the others."""
         if self._planned.shape != today.shape:
             self._planned = np.full_like(today, -1)
             self._columns = np.ones(today.shape, np.int16)
+            self._changed = self._changed[:0]
         kept = (self._planned == today).all(axis=(1, 2))
         if self._division is not None:
             self._columns[~kept] = self._division.initial(today[~kept])

@@ -61,6 +61,18 @@ def test_a_promise_is_forgotten_once_the_placement_was_another():
     assert planner.plan(loosened(promised), promised)
 
 
+def test_a_plan_that_was_not_carried_out_leaves_the_promises_of_other_layers():
+    heat, placement = stuck()
+    planner = FlashLB(4, 2, floor=9)
+    promised = planner.plan(np.repeat(heat, 2, axis=1), np.repeat(placement, 2, axis=0)).placement
+    other = np.ones(8, int)
+    other[promised[0, 0]] = 9
+    heat = np.stack([np.tile(other, (8, 1)), loosened(promised[1:])[:, 0]], axis=1)
+    for _ in range(2):
+        assert planner.plan(heat, promised).layers.tolist() == [0]
+        planner.forget()
+
+
 def test_earlier_windows_of_other_heat_do_not_count():
     rng = np.random.default_rng(1)
     first, last = drifting(rng, 3, 64, 2)
