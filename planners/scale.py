@@ -1,4 +1,4 @@
-"""Heat as the search reads it: scaled so that loads are PAR, bursts counted at half."""
+"""Heat as the search reads it: scaled so that loads are PAR, bursts counted in part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .layer import FAST, width
 BURST = 4.0
 """Mean deviations over its mean from which an expert's heat counts as a burst."""
 
-BURST_SHARE = 0.5
+BURST_SHARE = 0.4
 """Share of a burst that is planned for: it seldom comes again, yet experts that burst once do."""
 
 SAFE = 1e-290
