@@ -151,7 +151,7 @@ def hook_runner_v1(config: Config) -> None:
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         try:
-            reason = unsupported_group(*_configs())
+            reason = unsupported_group(*_configs()) or balanced.where_we_are_not()
         except Exception as error:
             reason = f"its settings cannot be read ({type(error).__name__}: {error})"
         if reason:

@@ -7,6 +7,10 @@ from typing import Any, Protocol
 import torch
 
 from .group import Group
+from .meeting import MeetingError, meet
+
+PATIENCE = 60.0
+"""Seconds that a rank which begins to load its model waits for the others to do so."""
 
 
 class Balanced(Protocol):
@@ -42,6 +46,32 @@ def end_update() -> None:
     for state in _balanced:
         if state.worker is not None:
             state.worker.end_update()
+
+
+def where_we_are_not() -> str:
+    """Why no rank of vLLM's EP group may be ours: some rank is not; "" if all are about to be.
+
+    Ranks with settings or an installation of their own may be without us. They would enter
+    collectives of upstream's balancer, and ours would enter others: all would wait for ever.
+    """
+    from vllm.distributed.parallel_state import get_ep_group
+
+    if not torch.distributed.is_initialized():
+        return ""
+    try:
+        coordinator = get_ep_group()
+    except AssertionError:  # a model without experts has none
+        return ""
+    group = group_of(coordinator, 1)
+    first = torch.distributed.get_process_group_ranks(group.cpu_group)[0]
+    try:
+        meet(group.store, f"flash_eplb/start/{first}", group.rank, group.ranks, PATIENCE)
+    except MeetingError as error:
+        return (
+            f"{error}: flash_eplb is off or not installed there; give all ranks of the engine "
+            "the same EPLB_ variables and VLLM_PLUGINS (their logs may say more)"
+        )
+    return ""
 
 
 def agree(group: torch.distributed.ProcessGroup, reason: str) -> str:

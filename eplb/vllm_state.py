@@ -176,7 +176,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
         if cls is not EplbState and not is_ascend:
             return object.__new__(cls)
         reason = ascend_v2.reason(*args, **kwargs) if is_ascend else _reason(*args, **kwargs)
-        if reason:
+        if reason := reason or balanced.where_we_are_not():
             log.error("flash_eplb does not balance: %s; vLLM serves on without it", reason)
             return object.__new__(cls)
         ours = ascend_v2.state_class(cls) if is_ascend else FlashEplbState  # type: ignore[arg-type]

@@ -82,6 +82,13 @@ def test_a_mode_that_is_not_supported_is_left_to_upstream(module, monkeypatch, c
     assert "vLLM-Ascend's own balancer stays in charge" in caplog.text
 
 
+def test_ranks_without_us_leave_upstream_in_charge_here_too(module, monkeypatch, caplog):
+    monkeypatch.setattr(balanced, "where_we_are_not", lambda: "EP ranks [1] have not come")
+    ascend.hook_runner_v1(Config())
+    assert type(make(module)) is module.EplbUpdator
+    assert "EP ranks [1] have not come; vLLM-Ascend's own balancer" in caplog.text
+
+
 def test_settings_that_cannot_be_read_leave_upstream_in_charge(module, monkeypatch, caplog):
     def fail():
         raise RuntimeError("Ascend config is not initialized")
