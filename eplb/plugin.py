@@ -10,6 +10,8 @@ log = logging.getLogger("flash_eplb.worker")
 
 _PATIENCE = 3.0
 
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+
 
 class _Process:
     """Stands for this process; what is tied to it runs when the interpreter ends."""
@@ -62,6 +64,7 @@ def _balance() -> None:
     configure(config.log_level)
     if text := notice():
         log.warning(text)
+    _let_ray_copy()
     try:
         from . import ascend, vllm_state
 
@@ -79,6 +82,14 @@ def _balance() -> None:
         _sweep_at_exit(config.session)
     except Exception:
         log.exception("flash_eplb is off: it does not fit this vLLM, which serves on without it")
+
+
+def _let_ray_copy() -> None:
+    """Let vLLM give our variables to the workers that Ray starts, which do not inherit them."""
+    from .config import PREFIX
+
+    prefixes = [prefix.strip() for prefix in os.environ.get(_RAY_COPIES, "").split(",")]
+    os.environ[_RAY_COPIES] = ",".join(dict.fromkeys(filter(None, (*prefixes, PREFIX))))
 
 
 def _sweep_at_exit(session: str) -> None:

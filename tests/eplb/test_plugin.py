@@ -66,6 +66,7 @@ def test_a_variable_that_is_misspelt_is_named_although_nothing_is_enabled():
 def hooks(environment):
     """Stands in for the modules that touch vLLM: what was installed, in order."""
     done = []
+    environment.setenv(plugin._RAY_COPIES, "")  # which is put back afterwards
     state = types.ModuleType("flash_eplb.eplb.vllm_state")
     state.install = lambda config, is_ascend: done.append(("state", config.session))
     patches = types.ModuleType("flash_eplb.loaders.cpu_patches")
@@ -110,6 +111,23 @@ def test_what_is_asked_for_is_installed(hooks, environment, variables, installed
         environment.setenv(name, value)
     plugin.register()
     assert hooks[1:] == installed
+
+
+@pytest.mark.parametrize("before", [None, "MY_, EPLB_", "MY_"])
+def test_workers_that_ray_starts_get_our_variables(hooks, environment, before):
+    """They inherit nothing, and vLLM copies variables of the prefixes that it knows."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    environment.delenv(plugin._RAY_COPIES)
+    if before is not None:
+        environment.setenv(plugin._RAY_COPIES, before)
+    environment.setenv("EPLB_ENABLED", "1")
+    environment.setenv("EPLB_SESSION", "a")
+    environment.setenv("MY_NAME", "me")
+    plugin.register()
+    names = {"EPLB_ENABLED", "EPLB_SESSION", *(["MY_NAME"] if before else [])}
+    assert names <= get_env_vars_to_copy()
+    assert os.environ[plugin._RAY_COPIES].count("EPLB_") == 1
 
 
 def test_a_vllm_that_does_not_fit_is_logged_and_nothing_is_raised(hooks, environment, caplog):
