@@ -15,7 +15,8 @@ def show_batches(runner_class: type) -> None:
     """
 
     def show(runner: Any) -> None:
-        runner.eplb_state.batch = getattr(runner, "input_batch", None)
+        if runner.eplb_state is not None:  # else a model without EPLB, in the same process
+            runner.eplb_state.batch = getattr(runner, "input_batch", None)
 
     call_before(runner_class, "eplb_step", show)
 

@@ -67,6 +67,20 @@ def test_the_state_sees_the_batch_of_its_runner_before_the_step():
     assert runner.eplb_step(is_dummy=True) == (runner.input_batch, True)
 
 
+def test_the_runner_of_a_model_without_eplb_steps_as_before():
+    """vLLM calls `eplb_step` of every runner; a trainer may hold several in one process."""
+
+    class Runner:
+        eplb_state = None
+        input_batch = batch((0, 8))
+
+        def eplb_step(self):
+            return "stepped"
+
+    show_batches(Runner)
+    assert Runner().eplb_step() == "stepped"
+
+
 def test_a_runner_without_the_step_is_left_as_it_is():
     class Other:
         pass
