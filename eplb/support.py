@@ -105,7 +105,15 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
         for layer, tensors in enumerate(state.model.expert_weights):
             if not len(tensors):
                 return f"{state.model_name}: vLLM hands out no expert tensor of layer {layer}"
+            computes = state.physical_to_logical_map.device.type
             for tensor in tensors:
+                if (lies := tensor[0].device.type) != computes:
+                    return (
+                        f"{state.model_name}: an expert tensor of layer {layer} lies on {lies} and "
+                        f"is copied to {computes} in each pass (cpu_offload_gb, "
+                        "offload_group_size): a pass under way would see it half written; keep "
+                        "experts on their device"
+                    )
                 if len(tensor) != physical // ranks or not _travels(tensor):
                     return (
                         f"{state.model_name}: an expert tensor of layer {layer} has {len(tensor)} "

@@ -104,6 +104,17 @@ def test_models_that_cannot_be_moved_are_refused_by_name():
     assert "has 4 rows of shape (6,)" in unsupported_model([short], ranks=2)
 
 
+def test_experts_that_are_offloaded_are_refused_by_name():
+    """Of some layers, as in vLLM: on the host an expert has another digest than on a device."""
+    made = state(weights=[[torch.zeros(5, 6, device="meta")], [torch.zeros(5, 6)]])
+    made.physical_to_logical_map = torch.zeros(1, 10, device="meta")
+    reason = unsupported_model([made], ranks=2)
+    assert reason.startswith("m: an expert tensor of layer 1 lies on cpu and is copied to meta")
+    assert "cpu_offload_gb, offload_group_size" in reason
+    made.model.expert_weights.pop()
+    assert unsupported_model([made], ranks=2) == ""
+
+
 def test_a_layer_whose_kernel_does_not_dispatch_by_itself_is_refused_by_name():
     made = state()
     made.model.moe_layers = [SimpleNamespace(do_naive_dispatch_combine=False)]
