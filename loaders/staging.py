@@ -11,7 +11,8 @@ travels as it is, and a row holds its like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -127,6 +128,9 @@ class Staging:
         rows: how many.
         buffer: stacks for n experts that the engine has allocated and does not use: they are the
             first n rows, if an expert of every layer fits into them tensor by tensor.
+
+    Raises:
+        MemoryError: there is no room for the rows.
     """
 
     def __init__(
@@ -140,7 +144,7 @@ class Staging:
         self._buffer = [slot_views(buffer, row) for row in range(self.borrowed)]
         own = rows - self.borrowed
         # An engine makes us within inference mode; the stager's thread, which writes, is outside.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _room_for(own, weights):
             self._likes = _rows_like(weights, own)
             self._forms = [_form(layer) if _is_listed(layer) else None for layer in weights]
             flat = [layer for layer in weights if not _is_listed(layer)]
@@ -170,6 +174,19 @@ class Staging:
             views.append(self._rows[row - self.borrowed, start : start + size])
             start += _aligned(size)
         return views
+
+
+@contextlib.contextmanager
+def _room_for(rows: int, weights: Sequence[Sequence[Stack]]) -> Iterator[None]:
+    """MemoryError that tells the remedy, where torch finds no memory for `rows` rows."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MemoryError(
+            f"{rows} staging rows of {max(row_bytes(weights)) / 2**20:.1f} MiB do not fit into the "
+            f"memory of {first_tensor(weights).device}; lower EPLB_STAGING_ROWS, or leave more of "
+            f"it free (on a GPU: --gpu-memory-utilization): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _rows_like(

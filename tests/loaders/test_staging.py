@@ -147,6 +147,16 @@ def test_the_engines_buffer_gives_the_first_rows():
     assert Staging(layers, 1, buffer).borrowed == 1
 
 
+def test_rows_that_do_not_fit_into_memory_name_the_setting_and_the_remedy():
+    """vLLM has given the rest of a GPU to its cache by then."""
+    text = (
+        r"^4611686018427387 staging rows of 0\.0 MiB do not fit into the memory of cpu; lower "
+        r"EPLB_STAGING_ROWS, or leave more of it free \(on a GPU: --gpu-memory-utilization\): \S"
+    )
+    with pytest.raises(MemoryError, match=text):
+        Staging([[torch.zeros(3, 5)]], 2**62 // 1000)
+
+
 def test_a_buffer_into_which_not_every_layer_fits_is_left_alone():
     layers = [[torch.zeros(3, 4)], [torch.zeros(3, 4), torch.zeros(3, 1)]]
     assert Staging(layers, 3, [torch.zeros(2, 4)]).borrowed == 0
