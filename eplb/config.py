@@ -83,7 +83,7 @@ class Config(BaseSettings):
         2000, ge=1, le=10**7, description="steps after which a round that is not staged is aborted"
     )
     transfer_timeout: float = Field(
-        60.0, gt=0, le=3600, description="seconds after which a transfer fails"
+        60.0, ge=0.001, le=3600, description="seconds after which a transfer fails"
     )
     transport: str = Field(
         "auto",
@@ -196,7 +196,6 @@ def allowed(name: str) -> str:
     low = high = ""
     for bound in field.metadata:
         low = f"from {bound.ge} " if hasattr(bound, "ge") else low
-        low = f"above {bound.gt} " if hasattr(bound, "gt") else low
         high = f"to {bound.le}" if hasattr(bound, "le") else high
     return f"{kind} {low}{high}"
 

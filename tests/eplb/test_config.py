@@ -111,13 +111,14 @@ def test_a_gain_is_a_number_from_0_to_100(name, environment):
         assert refusal() == [f"  {variable(name)}={value!r}: allowed is a number from 0 to 100"]
 
 
-def test_a_timeout_is_above_0(environment):
+def test_a_timeout_is_a_millisecond_at_least(environment):
+    """gloo counts milliseconds, and without any it waits for ever."""
     environment.setenv("EPLB_TRANSFER_TIMEOUT", "0.1")
     assert load_config().transfer_timeout == 0.1
-    for value in ("0", "-1", "3601", "nan"):
+    for value in ("0", "0.0009", "-1", "3601", "nan"):
         environment.setenv("EPLB_TRANSFER_TIMEOUT", value)
         assert refusal() == [
-            f"  EPLB_TRANSFER_TIMEOUT={value!r}: allowed is a number above 0 to 3600"
+            f"  EPLB_TRANSFER_TIMEOUT={value!r}: allowed is a number from 0.001 to 3600"
         ]
 
 
