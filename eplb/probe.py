@@ -63,7 +63,9 @@ def installed_source(module: str) -> str | None:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return None
-    return Path(spec.origin).read_text() if spec is not None and spec.origin else None
+    if spec is None or not spec.origin:
+        return None
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def parameters(signature: str) -> list[str]:

@@ -1,5 +1,6 @@
 """All ranks of a group are ours, or none is: upstream's collectives and ours do not go together."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -86,3 +87,17 @@ def test_where_there_is_no_group_of_experts_nobody_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(parallel_state, "_EP", None)
     assert balanced.where_we_are_not() == ""
+
+
+def test_what_fails_while_we_ask_is_a_reason_and_ends_no_load(monkeypatch, caplog):
+    from flash_eplb.eplb import vllm_state
+
+    def fail(config):
+        raise UnicodeDecodeError("utf-8", b"\x7fELF\xff", 4, 5, "invalid start byte")
+
+    monkeypatch.setattr(logging.getLogger("flash_eplb"), "propagate", True)
+    monkeypatch.setattr(balanced, "where_we_are_not", lambda: "EP ranks [1] in vain")
+    assert vllm_state._why_not(fail, None).startswith("UnicodeDecodeError: ")
+    assert "flash_eplb does not fit this vLLM" in caplog.text
+    assert vllm_state._why_not(lambda config: "a mode", None) == "a mode"
+    assert vllm_state._why_not(lambda config: "", None) == "EP ranks [1] in vain"
