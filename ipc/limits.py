@@ -9,8 +9,6 @@ import sys
 
 from .liveness import SegmentError, lack_of_files
 
-_ENLARGE = "docker run --shm-size=1g, mount -o remount,size=1G /dev/shm"
-
 
 class LimitError(SegmentError):
     """A limit of the machine or of the process that is too low; the text tells how to raise it."""
@@ -41,7 +39,7 @@ def check_memory(ranks: int, fixed_bytes: int, step_bytes: int, ring_steps: int)
     lower = f"lower EPLB_RING_STEPS from {ring_steps} to {fitting} or less, or " * (fitting >= 8)
     raise LimitError(
         f"{ranks} ranks need {_mib(needed)} of shared memory, /dev/shm has {_mib(free)} free; "
-        f"{lower}enlarge it ({_ENLARGE})"
+        f"{lower}{_enlarge(needed - free)}"
     )
 
 
@@ -51,7 +49,7 @@ def no_room(name: str, size: int, error: OSError) -> str:
         return f"shared memory {name} cannot be made: {why}"
     return (
         f"shared memory {name} needs {_mib(size)}, /dev/shm has {_mib(free_bytes())} free "
-        f"({error.strerror}); lower EPLB_RING_STEPS or enlarge it ({_ENLARGE})"
+        f"({error.strerror}); lower EPLB_RING_STEPS or {_enlarge(size)}"
     )
 
 
@@ -95,12 +93,19 @@ def bell_trouble(name: str, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return (
             f"doorbell {name} cannot be made: /dev/shm has {os.statvfs('/dev/shm').f_favail} files "
-            f"and {_mib(free_bytes())} free; enlarge it ({_ENLARGE})"
+            f"and {_mib(free_bytes())} free; {_enlarge(1)}"
         )
     return (
         f"doorbell {name} cannot be made in /dev/shm: {error.strerror}; does the container's "
         "security profile allow mkfifo?"
     )
+
+
+def _enlarge(more: int) -> str:
+    """How /dev/shm gets at least so many more bytes, in whole GiB."""
+    status = os.statvfs("/dev/shm")
+    size = -(-(status.f_blocks * status.f_frsize + more) // 2**30)
+    return f"enlarge it (docker run --shm-size={size}g, mount -o remount,size={size}G /dev/shm)"
 
 
 def _files_left() -> int:

@@ -19,10 +19,10 @@ MIB = 2**20
 
 @pytest.fixture
 def free(monkeypatch):
-    """`free(n)`: /dev/shm has `n` MiB free."""
+    """`free(n, of)`: /dev/shm has `n` MiB free of so many."""
 
-    def set_free(mib):
-        found = SimpleNamespace(f_bavail=mib * 256, f_frsize=4096)
+    def set_free(mib, of=64):
+        found = SimpleNamespace(f_bavail=mib * 256, f_blocks=of * 256, f_frsize=4096)
         monkeypatch.setattr(os, "statvfs", lambda path: found)
 
     return set_free
@@ -69,6 +69,15 @@ def test_where_no_ring_would_fit_only_more_memory_is_advised(free):
     free(4)
     with pytest.raises(LimitError, match=r"has 4\.0 MiB free; enlarge it \(docker run"):
         check_memory(4, MIB, MIB // 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "of", "size"), [(4, 64, 1), (64, 1024, 2), (60, 20 * 1024, 21), (0, 1000, 2)]
+)
+def test_what_is_advised_suffices_and_takes_no_memory_away(free, free_mib, of, size):
+    free(free_mib, of)
+    with pytest.raises(LimitError, match=f"--shm-size={size}g, .*size={size}G /dev/shm"):
+        check_memory(8, MIB, MIB // 10, 100)
 
 
 def test_files_that_may_be_opened_pass():
