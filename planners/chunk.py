@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ ADDED_TABLES = ("transfers",)
 """Tables that early chunks of this version lack, as if they were empty there."""
 
 STEP_FIELDS = ("steps", "time_ns", "tokens", "flags", "epochs", "spans")
+
+_COUNTS = ("layers", "experts", "ranks", "slots", "run")
+_MORE_COUNTS = ("staging_rows", "lost", "dropped")  # which a header may lack, as those below
+_KINDS = {"models": list, "row_bytes": list, "settings": dict}
 
 _NAME = re.compile(r"[0-9]{6,}\.npz")
 TEMPORARY = ".tmp"
@@ -157,10 +162,26 @@ def _checked_header(path: Path, text: str) -> dict[str, Any]:
             f"{path} has version {header.get('version')} of the format; this flash_eplb reads "
             f"version {VERSION}: use the one that recorded it"
         )
-    for name in ("layers", "experts", "ranks", "slots", "run"):
-        if not isinstance(header.get(name), int) or header[name] < 0:
-            raise damaged(path, f"its header gives {name} as {header.get(name)!r}")
+    if (odd := next(_odd_fields(header), None)) is not None:
+        raise damaged(path, f"its header gives {odd} as {header.get(odd)!r}")
     return header
+
+
+def _odd_fields(header: dict[str, Any]) -> Iterator[str]:
+    """Those of which a reader could make nothing."""
+    yield from (name for name in _COUNTS if not _is_count(header.get(name)))
+    yield from (name for name in _MORE_COUNTS if not _is_count(header.get(name, 0)))
+    for name, kind in _KINDS.items():
+        if not isinstance(header.get(name, kind()), kind):
+            yield name
+    if not all(map(_is_count, header.get("row_bytes", []))):
+        yield "row_bytes"
+    if not _is_count(header.get("settings", {}).get("episode_steps", 0)):
+        yield "settings"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def narrowest(counts: np.ndarray) -> np.ndarray:
