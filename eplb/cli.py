@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
@@ -31,7 +30,7 @@ from .choice import (
     reaching,
     refusal,
 )
-from .output import check_folder, check_paths
+from .output import check_folder, check_paths, table_console
 
 if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
@@ -62,6 +61,9 @@ _RARE = ("stale", "mismatches", "heat_merged", "heat_dropped", "quarantined_rows
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """How a file refuses what is written to it; of a pipe typer sees to it."""
+
+_PLAIN = 160
+"""Columns of a table where there is no terminal."""
 
 _FILES = 16
 """Files that a planner opens before it has found an engine, those of its event loop among them."""
@@ -189,7 +191,7 @@ def show_config() -> None:
             settings.allowed(name),
             field.description or "",
         )
-    _console().print(table)
+    table_console(_PLAIN).print(table)
     if config.policy not in known_policies():
         typer.echo(f"eplb: EPLB_POLICY={config.policy!r} names no policy: misspelt?", err=True)
 
@@ -228,16 +230,11 @@ def _show_ranks(session: str, ranks: list[dict[str, int]]) -> None:
         cells = *head, *counts, f"{words['received_bytes'] / 2**20:.1f}"
         table.add_row(*map(str, cells))
     typer.echo(f"session {session}")
-    _console().print(table, end="")
+    table_console(_PLAIN).print(table, end="")
     for number, words in enumerate(ranks):
         said = [f"{name} {words[name]}" for name in _RARE if words[name]]
         if said:
             typer.echo(f"EP rank {number}: {', '.join(said)}")
-
-
-def _console() -> Console:
-    """The terminal, or 160 columns of plain text where there is none."""
-    return Console(width=None if Console().is_terminal else 160)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .choice import choose, fail, initial_of, load, one_sentence
-from .output import check_paths, target_of, write_figures
+from .output import check_paths, table_console, target_of, write_figures
 
 if TYPE_CHECKING:
     from .config import Config
@@ -239,7 +239,7 @@ def _run(
         outcome = stress.run()
     found = verdicts(outcome, setup, config.policy)
     notes = [limit(outcome, setup, os.cpu_count() or 1)]
-    show_verdicts(console, found, notes)
+    show_verdicts(table_console(140), found, notes)
     if target:
         write_figures(target, _as_json(setup, config, outcome, found, notes))
     if any(verdict.holds is False for verdict in found):

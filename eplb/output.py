@@ -1,4 +1,4 @@
-"""Files that commands write: refused before the work, and there in full or not at all."""
+"""Where commands write: files, refused before the work and there in full or not at all; tables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..planners.whole_file import is_special, try_whole, write_whole
 from .choice import fail
 
 if TYPE_CHECKING:
     from .config import Config
+
+
+_NARROWEST = 80  # columns, in which every table shows its figures in full
+
+
+def table_console(plain: int) -> Console:
+    """The terminal, or `plain` columns of text where there is none; never too narrow for a table,
+    which would be cut: a terminal wraps it."""
+    found = Console()
+    return Console(width=max(_NARROWEST, found.width) if found.is_terminal else plain)
 
 
 def target_of(option: str, name: str) -> Path | None:

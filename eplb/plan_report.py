@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .choice import par_text
 from .heat_source import losses_of
+from .output import table_console
 
 if TYPE_CHECKING:
     from ..planners.heat_file import HeatFile
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .config import Config
 
 MIB = 1 << 20
+_HEADINGS = (
+    "slots\nper rank", "step\nPAR", "held\nout", "episode\nPAR", "held\nout", "step\ntime",
+)  # fmt: skip
 _MEASURED = ("steps", "episodes", "peak")
 _PARS = ("step_par_mean", "step_par_p95", "episode_par_mean", "episode_par_p95")
 
@@ -87,15 +90,15 @@ class Report:
         """
         table = Table(title="Plan")
         table.add_column("", no_wrap=True)
-        headings = ["slots per rank", "step PAR", "held out", "episode PAR", "held out"]
-        headings += ["step time", *["memory per rank"] * (layer_bytes is not None)]
-        for heading in headings:
-            table.add_column(heading, justify="right")
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right", no_wrap=True)
+        if layer_bytes is not None:
+            table.add_column("memory per rank", justify="right")
         for row in self.rows:
             time = f"{row.step_time(self.rows[0], self.moe_share) - 1:+.1%}"
             memory = [] if layer_bytes is None else [self._memory(row, layer_bytes)]
             table.add_row(row.label, str(row.slots), *row.pars(), time, *memory)
-        Console(width=None if Console().is_terminal else 140).print(table)
+        table_console(140).print(table)
         notes = [self._about(), self._about_halves(), self._about_time()]
         if layer_bytes is not None:
             notes.append(self._about_memory(layer_bytes))

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -33,6 +35,14 @@ def test_config_shows_all_of_a_long_path(environment):
     environment.setenv("EPLB_RECORD", path)
     shown = [line.split("│") for line in eplb("config").stdout.splitlines() if "│" in line]
     assert path in "".join(cells[2].strip() for cells in shown)
+
+
+def test_config_shows_values_where_the_terminal_is_narrow(environment):
+    environment.setenv("COLUMNS", "40")
+    environment.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    out = re.sub("\x1b[^m]*m", "", eplb("config").stdout)
+    (ring,) = (line for line in out.splitlines() if " EPLB_RING_STEPS " in line)
+    assert [cell.strip() for cell in ring.split("│")[2:4]] == ["256", "default"]
 
 
 def test_config_says_which_of_two_spellings_counts(environment):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,20 @@ def test_redundant_experts_are_compared(heat, tmp_path):
     text = " ".join(result.stdout.split())
     assert "+n: 4 slots per rank, the fewest that hold 16 experts, and n more." in text
     assert text.endswith("Memory: slots beyond the fewest x layers.")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_no_figure_is_cut_where_the_terminal_is_narrow(heat, environment, columns):
+    asked = heat, "--ranks", 4, "--redundant", "0,2", "--expert-mb", 234567
+    wide = table(plan(*asked).stdout)
+    environment.setenv("COLUMNS", str(columns))
+    environment.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    found = re.sub("\x1b[^m]*m", "", plan(*asked).stdout)
+    assert {label: table(found)[label][:6] for label in wide} == {
+        label: cells[:6] for label, cells in wide.items()
+    }
+    assert "1,407,402.0" in wide["+2"][6]
+    assert "1,407,402.0" in found
 
 
 def test_ranks_that_do_not_divide_the_experts_are_said(heat):

@@ -147,6 +147,14 @@ def test_as_fast_as_it_goes_for_some_steps(stress, tmp_path):
     assert (transfers["staged_ns"] < transfers["commit_ns"]).all()
 
 
+def test_verdicts_are_whole_where_the_terminal_is_narrow(stress):
+    code, out, complaints = stress("--steps", 1, COLUMNS="40", FORCE_COLOR="1")
+    assert (code, complaints) == (0, ""), out
+    shown = re.sub("\x1b[^m]*m", "", out).split("Verdicts")[1]
+    assert "│ the planner keeps in step │ holds" in shown
+    assert "│ no process, no shared memory" in shown
+
+
 def test_recorded_heat_is_replayed(stress, tmp_path):
     path = tmp_path / "heat.npy"
     random = np.random.default_rng(3)
