@@ -31,6 +31,35 @@ def test_the_table_of_settings_is_the_code_s():
     assert len(table("## Settings")) == len(Config.model_fields)
 
 
+ORDER = list(Config.model_fields)
+
+
+def named(text):
+    """The settings that a sentence names, singly or from one to another."""
+    found = set(ORDER[:4]) if "the first four" in text else set()
+    for first, last in re.findall(r"`EPLB_(\w+)`(?:\sto\s`EPLB_(\w+)`)?", text):
+        begin = ORDER.index(first.lower())
+        found |= set(ORDER[begin : ORDER.index((last or first).lower()) + 1])
+    return found
+
+
+def read_in(*modules):
+    """The settings that modules of ours read."""
+    folder = Path(__file__).parents[2]
+    text = "".join((folder / module).read_text() for module in modules)
+    words = re.findall(r"config\.(\w+)", text)
+    return {"episode_steps" if word == "bell_steps" else word for word in words} & set(ORDER)
+
+
+def test_workers_and_planner_obey_the_settings_that_are_said():
+    workers, planner = re.findall(r"The (?:workers|planner) obeys? (.*?)\. ", README, re.S)
+    modules = ("plugin", "worker", "planner_watch")
+    assert named(workers) == read_in(*(f"eplb/{module}.py" for module in modules)) | {"cpu_patches"}
+    modules = ("cli", "choice", "output")
+    read = read_in(*(f"eplb/{module}.py" for module in modules)) | set(SETTINGS_OF.values())
+    assert named(planner) == read
+
+
 def test_the_table_of_commands_names_all():
     shown = re.findall(r"^\| `eplb (\w+)` \|", README, re.M)
     assert set(shown) == set(get_command(app).commands)
