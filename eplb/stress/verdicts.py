@@ -127,11 +127,11 @@ def _of_faults(faults: list[FaultRecord]) -> list[Verdict]:
 
 def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
     """What limits the planner, in a sentence."""
-    shares = outcome.shares
-    if not shares or outcome.trouble:
+    shares, speeds = outcome.shares, [one.steps_per_second for one, _ in outcome.samples[2:]]
+    if not shares or not speeds or outcome.trouble:
         return "What limits it was not measured."
     loop, busy = shares["loop"], sum(shares.values())
-    speed = np.mean([sample.steps_per_second for sample, _ in outcome.samples[2:]] or [0])
+    speed = np.mean(speeds)
     used = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     if outcome.faults:
         said = f"{speed:.0f} steps/s, with faults; run without them to see what limits it"
