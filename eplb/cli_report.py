@@ -62,7 +62,7 @@ def _write_page(recording: Recording, path: Path, title: str) -> None:
     from .report.page import page
 
     found = measure(recording, functools.partial(watched, what="reading"))
-    text = page(title, recording, found)
+    text = page(title, recording, found).encode(errors="replace").decode()  # paths may be no UTF-8
     write_text("-o", path, text)
     typer.echo(f"{path}: {found.steps} steps, {len(text.encode()) / 2**20:.1f} MiB")
 

@@ -1,3 +1,4 @@
+import os
 import re
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_a_browser_draws_every_plot_within_its_width_and_asks_for_nothing(writte
     assert not re.findall(
         r"(?:src|href|action)=[\"']?(?!data:)[^\"' >]*:", page.dom.split("<body>")[1]
     )
+
+
+def test_a_title_that_is_no_text_is_shown_as_far_as_it_is(written, tmp_path):
+    recording, path = str(written.parent / "recording"), tmp_path / "report.html"
+    title = os.fsdecode(b"D\xfcsseldorf, Tuesday")
+    result = CliRunner().invoke(app, ["report", recording, "-o", str(path), "--title", title])
+    assert result.exit_code == 0, result.output
+    assert "<h1>D?sseldorf, Tuesday</h1>" in path.read_text()
 
 
 def test_every_plot_has_a_title_and_a_sentence(written):
