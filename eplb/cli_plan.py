@@ -76,11 +76,14 @@ def plan(
         placements, rows, episodes = _run(source, trials, config, choice)
     layer_bytes = expert_mb * MIB * source.layers or layer_bytes_of(source)
     report = Report(source, rows, episodes, trials[0].origin, config, choice, moe_share)
-    report.show(layer_bytes if numbers else None)
-    if figures_file:
-        write_figures(figures_file, report.as_json(path, layer_bytes))
+    try:
+        report.show(layer_bytes if numbers else None)
+    finally:  # also where nobody reads the table to its end
+        if figures_file:
+            write_figures(figures_file, report.as_json(path, layer_bytes))
+        if map_file:
+            write_text("-o", map_file, encode_map(placements[0]))
     if map_file:
-        write_text("-o", map_file, encode_map(placements[0]))
         typer.echo(f"Written: {map_file}; EPLB_INITIAL_PLACEMENT={map_file} loads it.")
 
 

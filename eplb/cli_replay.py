@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _ROWS = 8
 _BY = "--policy "
+_DEFAULT_BY = "EPLB_POLICY="
 
 
 def replay(
@@ -61,7 +62,8 @@ def replay(
     target = target_of("--json", json_file)
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     with ended_by_ctrl_c():
-        choices = {name: choose(name, _BY) for name in names}
+        by = _BY if policy else _DEFAULT_BY
+        choices = {name: choose(name, by) for name in names}
         with one_sentence():
             from ..planners.heat_file import open_heat
             from ..planners.replay import Delay, step_time
@@ -71,13 +73,13 @@ def replay(
         rows = config.staging_rows or _rows_of(source)
         timing = Delay(delay, round_steps, rows)
         replays = {
-            name: _replay(config, choice, start, source.experts, timing)
+            name: _replay(config, choice, start, source.experts, timing, by)
             for name, choice in choices.items()
         }
         replayed = list(replays.values())
         if "static" not in replays:
             static = choose("static")
-            replayed.append(_replay(config, static, start, source.experts, timing, quiet=True))
+            replayed.append(_replay(config, static, start, source.experts, timing, by, True))
         with one_sentence():
             _play(source, replayed)
     outcomes = {name: found.outcome() for name, found in replays.items()}
@@ -85,14 +87,17 @@ def replay(
     if not base.steps:
         fail(f"{path} has no step with tokens whose placement is known; there is nothing to replay")
     times = {name: step_time(found, base, moe_share) for name, found in outcomes.items()}
-    _show(outcomes, times)
-    for note in [
-        *_notes(source, config, start, origin, timing, moe_share),
-        *_too_short(base, config),
-    ]:
-        typer.echo(note)
-    if target:
-        write_figures(target, _as_json(path, outcomes, times, start, timing, moe_share, config))
+    try:
+        _show(outcomes, times)
+        for note in [
+            *_notes(source, config, start, origin, timing, moe_share),
+            *_too_short(base, config),
+        ]:
+            typer.echo(note)
+    finally:  # also where nobody reads the table to its end
+        if target:
+            found = _as_json(path, outcomes, times, start, timing, moe_share, config)
+            write_figures(target, found)
 
 
 def _check(ranks: int, slots: int, delay: int, round_steps: int, moe_share: float) -> None:
@@ -116,18 +121,24 @@ def _rows_of(source: Any) -> int:
 
 
 def _replay(
-    config: Config, choice: Any, start: np.ndarray, experts: int, timing: Any, quiet: bool = False
+    config: Config,
+    choice: Any,
+    start: np.ndarray,
+    experts: int,
+    timing: Any,
+    by: str,
+    quiet: bool = False,
 ) -> Replay:
     from ..planners.policy import PolicyError
     from ..planners.replay import Replay
 
     ranks, slots = start.shape[1:]
     try:
-        options = {} if quiet else options_of(config, choice, _BY)
+        options = {} if quiet else options_of(config, choice, by)
         choice.warm_up()
         policy = policy_of(config, choice, ranks, slots, options)
     except PolicyError as error:
-        raise refusal(error, _BY) from None
+        raise refusal(error, by) from None
     per_node = config.ranks_per_node or None
     return Replay(policy, start, experts, pace_of(config), timing, per_node)
 

@@ -210,6 +210,16 @@ def test_no_figure_is_cut_where_the_terminal_is_narrow(heat, environment, column
     assert "1,407,402.0" in found
 
 
+def test_a_map_is_written_though_nobody_reads_the_table(heat, tmp_path):
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", "plan", heat, *SHAPE]
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run([*command, "-o", "map", "--json", "x"], cwd=tmp_path, stdout=writer, check=False)
+    os.close(writer)
+    assert read_map(tmp_path / "map").shape == (3, 16, 4, 5)
+    assert json.loads((tmp_path / "x").read_text())["rows"]
+
+
 def test_ranks_that_do_not_divide_the_experts_are_said(heat):
     result = plan(heat, "--ranks", 3, "--redundant", "2,0")
     cells = table(result.stdout)

@@ -197,6 +197,24 @@ def test_a_policy_that_is_not_there_is_said_as_it_was_given(heat):
     assert found.startswith("eplb: --policy 'flashbl' names no policy; known are flashlb, ")
 
 
+def test_a_policy_of_the_environment_is_said_as_that(heat, environment):
+    environment.setenv("EPLB_POLICY", "flashbl")
+    assert refused(heat, *SHAPE).startswith("eplb: EPLB_POLICY='flashbl' names no policy; known")
+    environment.setenv("EPLB_POLICY", "swap")
+    environment.setenv("EPLB_EFFORT", "fast")
+    said = "eplb: EPLB_EFFORT does nothing with EPLB_POLICY=swap\n"
+    assert replay(heat, *SHAPE).stderr.startswith(said)
+
+
+def test_figures_are_written_though_nobody_reads_the_table(heat, tmp_path):
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", "replay", heat, *SHAPE]
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run([*command, "--json", "x"], cwd=tmp_path, stdout=writer, check=False)
+    os.close(writer)
+    assert json.loads((tmp_path / "x").read_text())["policies"]
+
+
 def test_a_wrong_path_is_one_sentence(tmp_path):
     assert refused(tmp_path / "x").startswith(f"eplb: {tmp_path}/x is not there; give the folder")
     assert refused(tmp_path).startswith(f"eplb: {tmp_path} is no recording: no chunk")
