@@ -131,8 +131,7 @@ def _transposed(values):
             for row in range(BLOCK):
                 out[column, first + np.uintp(row)] = values[first + np.uintp(row), column]
     for row in range(whole, rows):
-        for column in range(columns):
-            out[column, row] = values[row, column]
+        out[:, row] = values[row]
     return out
 
 
