@@ -18,7 +18,6 @@ from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
 from .runners import Flag, follow_warm_up
 from .support import unsupported_anywhere, unsupported_use
-from .updates import follow_updates
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -169,7 +168,7 @@ def hook_runner_v1(config: Config) -> None:
     if runner := sys.modules.get(RUNNER):
         follow_runner(runner.NPUModelRunner)
     if worker := sys.modules.get(WORKER):
-        follow_updates(worker.NPUWorker, balanced.begin_update, balanced.end_update)
+        balanced.follow_worker(worker.NPUWorker)
         follow_warm_up(worker.NPUWorker)
 
 

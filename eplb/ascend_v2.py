@@ -14,7 +14,6 @@ from . import balanced
 from .ascend import WORKER, unsupported_group
 from .runners import follow_runner_v2, follow_warm_up
 from .support import unsupported_use
-from .updates import follow_updates
 
 if TYPE_CHECKING:
     from ..loaders.ascend_engine import AscendV2Engine
@@ -85,5 +84,5 @@ def follow(settle: Callable[[Any], None]) -> None:
     if module := sys.modules.get(RUNNER):
         follow_runner_v2(module.NPUModelRunner, settle)
     if module := sys.modules.get(WORKER):
-        follow_updates(module.NPUWorker, balanced.begin_update, balanced.end_update)
+        balanced.follow_worker(module.NPUWorker)
         follow_warm_up(module.NPUWorker)

@@ -8,6 +8,7 @@ import torch
 
 from .group import Group
 from .meeting import MeetingError, meet
+from .updates import follow_updates
 
 PATIENCE = 60.0
 """Seconds that a rank which begins to load its model waits for the others to do so."""
@@ -46,6 +47,16 @@ def end_update() -> None:
     for state in _balanced:
         if state.worker is not None:
             state.worker.end_update()
+
+
+def is_updating() -> bool:
+    """Whether the weights of any worker of this process are being updated."""
+    return any(state.worker is not None and state.worker.is_updating for state in _balanced)
+
+
+def follow_worker(worker_class: type) -> None:
+    """Let vLLM's worker tell all workers of this process of updates of the weights."""
+    follow_updates(worker_class, begin_update, end_update, is_updating)
 
 
 def where_we_are_not() -> str:

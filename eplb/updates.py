@@ -25,15 +25,21 @@ READS = ("save_sharded_state", "save_tensorized_model", "compute_weight_checksum
 """Methods that read weights on all ranks, each expert where the loader would write it."""
 
 
-def follow_updates(worker_class: type, begin: Callable[[], bool], end: Callable[[], None]) -> None:
+def follow_updates(
+    worker_class: type,
+    begin: Callable[[], bool],
+    end: Callable[[], None],
+    is_open: Callable[[], bool],
+) -> None:
     """Let `worker_class` call `begin` before it writes or reads weights and `end` after it has.
 
     If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
     fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
-    called, and no expert moves until an update succeeds.
+    called, and no expert moves until an update succeeds. A call that fails while none `is_open`
+    (a finish without a start) changes nothing.
     """
     for name in dict.fromkeys((*BEGINS, *ENDS, BETWEEN)):
-        around = begin if name in BEGINS else None, end if name in ENDS else None
+        around = is_open, begin if name in BEGINS else None, end if name in ENDS else None
         undo = end if name in STARTS else None
         wrap_once(worker_class, name, functools.partial(_wrapped, *around, undo))
     for name in READS:
@@ -53,6 +59,7 @@ def _read(begin: Callable[[], bool], end: Callable[[], None], original: Method) 
 
 
 def _wrapped(
+    is_open: Callable[[], bool],
     begin: Callable[[], bool] | None,
     end: Callable[[], None] | None,
     undo: Callable[[], None] | None,
@@ -65,7 +72,7 @@ def _wrapped(
         except BaseException:
             if undo is not None and opened:
                 undo()
-            else:
+            elif is_open():
                 log.error(
                     "%s failed: no expert moves %suntil weights have been updated",
                     original.__name__,

@@ -30,7 +30,6 @@ from .phases import phase_of, show_batches
 from .probe import probe
 from .runners import follow_runner_v2, follow_warm_up
 from .support import unsupported_mode, unsupported_model, unsupported_use
-from .updates import follow_updates
 
 if TYPE_CHECKING:
     from ..loaders.vllm_engine import VllmEngine
@@ -187,7 +186,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
             ascend_v2.follow(_settle)
             return state
         if module := sys.modules.get("vllm.v1.worker.gpu_worker"):
-            follow_updates(module.Worker, balanced.begin_update, balanced.end_update)
+            balanced.follow_worker(module.Worker)
             follow_warm_up(module.Worker)
         if module := sys.modules.get("vllm.v1.worker.gpu_model_runner"):
             show_batches(module.GPUModelRunner)

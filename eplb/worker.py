@@ -356,6 +356,11 @@ class Worker:
         """
         return self._started and not self.refused and self._update.begin(self._step)
 
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._started and not self.refused and self._update.is_open
+
     def end_update(self) -> None:
         """The engine has written weights, on all ranks: prove them and balance on."""
         if self._started and not self.refused:

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import pytest
 
@@ -27,11 +28,14 @@ class Log(list):
             "finish_weight_update",
         ]
         self.worker = type("Worker", (), {name: method(name) for name in names})
-        follow_updates(self.worker, self.begin, lambda: self.append("end"))
+        follow_updates(self.worker, self.begin, lambda: self.append("end"), self.is_open)
+
+    def is_open(self):
+        return self.count("begin") > self.count("end")
 
     def begin(self):
         """Opens an update, unless one is open."""
-        opened = self.count("begin") == self.count("end")
+        opened = not self.is_open()
         self.append("begin")
         return opened
 
@@ -68,7 +72,7 @@ def test_nothing_is_written_if_it_may_not_begin():
         raise RuntimeError("not now")
 
     worker = type("Worker", (), {"reload_weights": lambda self: log.append("written")})
-    follow_updates(worker, refuse, lambda: log.append("end"))
+    follow_updates(worker, refuse, lambda: log.append("end"), log.is_open)
     with pytest.raises(RuntimeError, match="not now"):
         worker().reload_weights()
     assert log == []
@@ -76,7 +80,8 @@ def test_nothing_is_written_if_it_may_not_begin():
 
 def test_a_second_state_does_not_wrap_again():
     log = Log()
-    follow_updates(log.worker, lambda: log.append("other"), lambda: log.append("other"))
+    other = functools.partial(log.append, "other")
+    follow_updates(log.worker, other, other, log.is_open)
     log.worker().reload_weights()
     assert log == ["begin", "reload_weights", "end"]
 
@@ -106,6 +111,16 @@ def test_an_update_that_fails_half_way_says_that_experts_stay(caplog):
     assert log == ["begin", "start_weight_update", "update_weights"]
     words = "update_weights failed: no expert moves from the start of an update until weights have"
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("name", ["finish_weight_update", "update_weights"])
+def test_a_call_that_fails_without_an_update_says_nothing_of_experts(name, caplog):
+    """As where it was never started, or nothing is balanced here."""
+    log = Log(fail=name)
+    with pytest.raises(OSError):
+        getattr(log.worker(), name)()
+    assert log == [name]
+    assert "no expert moves" not in caplog.text
 
 
 @pytest.mark.parametrize("fail", ["", "save_sharded_state"])

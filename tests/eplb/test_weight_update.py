@@ -188,7 +188,9 @@ def test_all_layers_have_even_columns_again_whether_experts_have_moved_or_not(mo
 def test_nothing_moves_between_the_begin_and_the_end_of_an_update(moving):
     group = moving()
     group.move()
+    assert not any(worker.is_updating for worker in group.workers)
     group.run(lambda rank: group.workers[rank].begin_update())
+    assert all(worker.is_updating for worker in group.workers)
     epoch = group.workers[0].epoch
     wanted = group.placement.copy()
     wanted[0] = wanted[0, ::-1]
@@ -199,6 +201,7 @@ def test_nothing_moves_between_the_begin_and_the_end_of_an_update(moving):
     group.run(group.write)
     group.step(10)
     group.run(lambda rank: group.workers[rank].end_update())
+    assert not any(worker.is_updating for worker in group.workers)
     group.step(20)
     assert group.workers[0].epoch == epoch + 1  # the plan of before is void
     group.move()
@@ -359,6 +362,7 @@ def test_before_the_first_step_there_is_nothing_to_do(session):
     group = Workers(session)
     for worker in group.workers:
         worker.begin_update()
+        assert not worker.is_updating
         worker.end_update()
     group.step(2)
     group.close()
