@@ -70,6 +70,11 @@ def unsupported_anywhere(parallel_config: Any, use: str = "") -> str:
         return use
     if getattr(parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism (enable_elastic_ep): ranks come and go"
+    if getattr(parallel_config, "enable_fault_tolerance", False):
+        return (
+            "fault tolerance (enable_fault_tolerance): a rank gives up a pass that others finish, "
+            "and from then on the ranks do not count the same steps"
+        )
     if getattr(parallel_config, "use_ubatching", False):
         return "dual batch overlap (enable_dbo or ubatch_size)"
     return ""

@@ -137,6 +137,7 @@ def test_a_record_path_of_upstream_is_pointed_to_ours(module, caplog):
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism (pipeline_parallel_size=2)"),
         ({"enable_elastic_ep": True}, "elastic expert parallelism"),
+        ({"enable_fault_tolerance": True}, "fault tolerance"),
         ({"use_ubatching": True}, "dual batch overlap"),
     ],
 )

@@ -32,6 +32,7 @@ def test_tensor_or_data_parallel_groups_are_supported(device, runner_v2):
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism (pipeline_parallel_size=2)"),
         ({"enable_elastic_ep": True}, "elastic expert parallelism"),
+        ({"enable_fault_tolerance": True}, "fault tolerance (enable_fault_tolerance)"),
         ({"tensor_parallel_size": 1}, "an EP group of one rank"),
         ({"data_parallel_size": 2}, "TP=2, DP=2"),
         (
