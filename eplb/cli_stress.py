@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .choice import choose, fail, initial_of, load, one_sentence
+from .choice import choose, fail, initial_of, load, one_sentence, options_of
 from .output import check_paths, table_console, target_of, write_figures
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def stress(
     _check(*given, patience)
     target = target_of("--json", json_file)
     config = load(session=os.environ.get("EPLB_SESSION", f"stress-{os.getpid()}"))
-    choose(config.policy)
+    options_of(config, choose(config.policy))
     check_paths(config)
     initial_of(config)
     folder, code = tempfile.mkdtemp(prefix="eplb-stress-"), 0

@@ -347,6 +347,15 @@ def test_what_its_planner_would_refuse_is_refused_in_one_sentence(environment, n
     assert words in line
 
 
+def test_a_setting_that_its_policy_does_not_obey_is_named(environment):
+    environment.setattr("flash_eplb.eplb.stress.stress.Stress.run", lambda *_: sys.exit(7))
+    environment.setenv("EPLB_POLICY", "swap")
+    environment.setenv("EPLB_ROUTING", "weighted")
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    assert result.exit_code == 7
+    assert result.stderr == "eplb: EPLB_ROUTING does nothing with EPLB_POLICY=swap\n"
+
+
 def test_without_room_in_shared_memory_it_says_so(environment):
     environment.setattr("flash_eplb.ipc.limits.free_bytes", lambda: 1 << 20)
     result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
