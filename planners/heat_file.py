@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,13 @@ def _member(path: Path, member: str, file: Any) -> np.ndarray:
 def _from_pt(path: Path, _: str) -> Any:
     import torch
 
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # it advises to run the file's code
+        raise RecordingError(
+            f"{path} cannot be read: it is no file of torch.save, or holds other objects than "
+            "tensors, lists, dictionaries and numbers; save the tensor alone"
+        ) from None
     if isinstance(found, dict) and "logical_count" in found:
         found = found["logical_count"]
     elif isinstance(found, dict) and "records" in found:

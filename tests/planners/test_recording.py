@@ -303,7 +303,12 @@ def test_totals_count_as_one_step(tmp_path):
         ("a.pt", {"x": 1}, "holds a dict; it must be a tensor, or a dump of SGLang"),
         ("a.pt", {"records": [{}]}, "is no dump of SGLang that is known here: KeyError: "),
         ("a.pt", {"records": [], "last_physical_to_logical_map": torch.zeros(1, 2)}, "is no dump"),
-        ("a.pt", re.compile("x"), "cannot be read: "),  # nothing but tensors is unpickled
+        ("a.pt", b"x", "cannot be read: it is no file of torch.save, or holds other"),
+        (
+            "a.pt",
+            re.compile("x"),  # nothing but tensors is unpickled
+            "cannot be read: it is no file of torch.save, or holds other objects than tensors,",
+        ),
     ],
 )
 def test_a_file_that_holds_no_counts_is_one_sentence(tmp_path, name, content, said):
