@@ -97,6 +97,8 @@ def _from_npz(path: Path, member: str) -> Any:
 
 
 def _member(path: Path, member: str, file: Any) -> np.ndarray:
+    if {"header", "placements"} <= set(file.files):  # its heat is that of slots, not of experts
+        raise RecordingError(f"{path} is a chunk of a recording; give its folder, {path.parent}")
     names = [member] if member else file.files
     if member and member not in file.files:
         raise RecordingError(f"{path} has no array {member!r}; it has {', '.join(file.files)}")

@@ -324,6 +324,13 @@ def test_a_file_that_holds_no_counts_is_one_sentence(tmp_path, name, content, sa
     assert refusal(path).startswith(f"{path} {said}")
 
 
+@pytest.mark.parametrize("member", ["", ":heat"])
+def test_a_chunk_is_not_taken_for_an_archive_of_counts(folder, member):
+    assert refusal(f"{folder}/000001.npz{member}") == (
+        f"{folder}/000001.npz is a chunk of a recording; give its folder, {folder}"
+    )
+
+
 def test_an_array_that_an_archive_does_not_have_is_named_with_those_that_it_has(tmp_path):
     np.savez(tmp_path / "a.npz", x=HEAT, y=HEAT)
     assert refusal(f"{tmp_path}/a.npz:z") == f"{tmp_path}/a.npz has no array 'z'; it has x, y"
