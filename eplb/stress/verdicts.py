@@ -127,11 +127,11 @@ def _of_faults(faults: list[FaultRecord]) -> list[Verdict]:
 
 def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
     """What limits the planner, in a sentence."""
-    shares, speeds = outcome.shares, [one.steps_per_second for one, _ in outcome.samples[2:]]
+    shares, speeds = outcome.shares, [one.steps_per_second for one, _ in outcome.samples]
     if not shares or not speeds or outcome.trouble:
         return "What limits it was not measured."
     loop, busy = shares["loop"], sum(shares.values())
-    speed = np.mean(speeds)
+    speed = np.mean(speeds[2:] or speeds)  # the first two are of its start
     used = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     if outcome.faults:
         said = f"{speed:.0f} steps/s, with faults; run without them to see what limits it"

@@ -128,7 +128,8 @@ def test_an_adversary_is_not_judged():
         ({"shares": SHARES | {"ranks": 1.7}}, "This machine's 2 cores limit it"),
         ({"faults": [FaultRecord("rank-slow")]}, "100 steps/s, with faults"),
         ({"shares": {}}, "What limits it was not measured."),
-        ({"samples": samples()[:2]}, "What limits it was not measured."),
+        ({"samples": samples()[:2]}, "Nothing limits it at 100 steps/s"),
+        ({"samples": []}, "What limits it was not measured."),
         ({"trouble": "it hangs"}, "What limits it was not measured."),
     ],
 )
