@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,11 +85,20 @@ def stress(
         _check_limits(setup, config)
         code = _run(setup, config, names, faults == "random", seconds, steps, patience, target)
     finally:
+        _say_unwritten(folder)
         if code == 1:
             typer.echo(f"eplb: what the processes said is in {folder}", err=True)
         else:
             shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
+
+
+def _say_unwritten(folder: str) -> None:
+    """Say what planners could not write of what EPLB_RECORD and EPLB_SAVE_PLACEMENT ask for."""
+    for path in sorted(Path(folder).glob("planner_process-*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            if re.search(" ERROR .* EPLB_(RECORD|SAVE_PLACEMENT)=", line):
+                typer.echo(f"eplb: {line.partition('] ')[2]}", err=True)
 
 
 def _check(

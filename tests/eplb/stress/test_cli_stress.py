@@ -155,6 +155,25 @@ def test_verdicts_are_whole_where_the_terminal_is_narrow(stress):
     assert "│ no process, no shared memory" in shown
 
 
+def test_a_recording_that_fails_is_said_though_every_promise_holds(stress, tmp_path):
+    python = """
+import errno, os, sys
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+if any("planner_process" in word for word in sys.orig_argv):
+    from flash_eplb.planners import recorder
+
+    recorder.write_chunk = full
+"""
+    folder = tmp_path / "recording"
+    code, out, complaints = stress("--steps", 100, python=python, EPLB_RECORD=str(folder))
+    assert code == 0, out
+    assert complaints.startswith(f"eplb: recording to EPLB_RECORD={folder} has stopped, planning")
+    assert "No space left on device" in complaints
+
+
 def test_recorded_heat_is_replayed(stress, tmp_path):
     path = tmp_path / "heat.npy"
     random = np.random.default_rng(3)
