@@ -8,6 +8,7 @@ See docs/planning.md.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ class SavedPlacement:
 
 
 def _remedy(path: str | Path) -> str:
-    return f"write one with `eplb plan HEAT -o {path}`"
+    place = "map.json" if os.path.lexists(path) else path  # what is there may be the heat
+    return f"write one with `eplb plan HEAT -o {place}`"
 
 
 def _placement(file: _File) -> np.ndarray:

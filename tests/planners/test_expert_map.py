@@ -43,7 +43,8 @@ def refusal(path, content):
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(MapError) as error:
         read_map(path)
-    first, last = f"{path} is no expert map: ", f"; write one with `eplb plan HEAT -o {path}`"
+    # what is there is not written over: it may be the heat
+    first, last = f"{path} is no expert map: ", "; write one with `eplb plan HEAT -o map.json`"
     text = str(error.value)
     assert text.startswith(first)
     assert text.endswith(last)
