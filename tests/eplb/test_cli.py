@@ -168,6 +168,7 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
 
 
 def test_a_cap_with_which_the_policy_moves_nothing_is_refused(environment):
+    environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
     environment.setenv("EPLB_POLICY", "swap")
     environment.setenv("EPLB_MAX_MOVES", "1")
     found = eplb("planner")
