@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flash_eplb.planner")
 
+BY_SETTING = "EPLB_POLICY="
+"""What names a policy, as an error says it, if no option does."""
+
 SETTINGS_OF = {
     "min_excess": "min_excess",
     "min_gain": "min_gain",
@@ -110,7 +113,7 @@ def reaching(session: str) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:
+def choose(name: str, source: str = BY_SETTING) -> Choice:
     """The policy `name`, loaded; the command ends with 2 if there is none.
 
     Args:
@@ -125,9 +128,7 @@ def choose(name: str, source: str = "EPLB_POLICY=") -> Choice:
         raise refusal(error, source) from None
 
 
-def options_of(
-    config: settings.Config, choice: Choice, source: str = "EPLB_POLICY="
-) -> dict[str, Any]:
+def options_of(config: settings.Config, choice: Choice, source: str = BY_SETTING) -> dict[str, Any]:
     """The settings that a policy may take; says which of those that were set this one does not.
 
     The command ends with 2 where the policy could never move anything.
@@ -186,8 +187,8 @@ def par_text(par: float) -> str:
     return "-" if par != par else f"{par:.3f}"
 
 
-def refusal(error: Exception, source: str = "EPLB_POLICY=") -> typer.Exit:
+def refusal(error: Exception, source: str = BY_SETTING) -> typer.Exit:
     """What ends a command whose policy cannot be used; its author finds the traceback in DEBUG."""
     log.debug("the policy cannot be used", exc_info=error)
-    typer.echo(f"eplb: {str(error).replace('EPLB_POLICY=', source)}", err=True)
+    typer.echo(f"eplb: {str(error).replace(BY_SETTING, source)}", err=True)
     return typer.Exit(2)

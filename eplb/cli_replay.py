@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .choice import (
+    BY_SETTING,
     choose,
     ended_by_ctrl_c,
     fail,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 _ROWS = 8
 _BY = "--policy "
-_DEFAULT_BY = "EPLB_POLICY="
 
 
 def replay(
@@ -62,7 +62,7 @@ def replay(
     target = target_of("--json", json_file)
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     with ended_by_ctrl_c():
-        by = _BY if policy else _DEFAULT_BY
+        by = _BY if policy else BY_SETTING
         choices = {name: choose(name, by) for name in names}
         with one_sentence():
             from ..planners.heat_file import open_heat

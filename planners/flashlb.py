@@ -217,7 +217,7 @@ class FlashLB:
             alike=alike & ((error == 0) | (expected is tokens)),  # else it is in what is expected
             kept=kept,
             settled=settled,
-            waiting=settled & self._promises.waiting,
+            waiting=self._promises.waiting,
             anew=every_layer,
             today=today,
             columns=self._columns,

@@ -58,13 +58,13 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
     chosen = np.flatnonzero(by_chance)
     chosen = chosen[(window[:, chosen] % 1 == 0).all(axis=(0, 2))]  # what is no count has no chance
     expected = window.copy() if len(chosen) else window
-    noise = chance
-    if len(window) >= 2 * FEWEST:
-        noise = np.maximum(chance, _steps(share).mean(axis=0) / 2)
     for layer in chosen:
-        spans, weights = _weights(share[:, layer], past[:, layer], span, noise[layer])
+        noise = chance[layer]
+        if len(window) >= 2 * FEWEST:
+            noise = max(noise, _steps(share[:, layer]).mean() / 2)
+        spans, weights = _weights(share[:, layer], past[:, layer], span, noise)
         level = weights @ np.concatenate([shares(past[:, layer]), share[:, layer]])
-        errors[layer] = math.sqrt(noise[layer] * (weights**2 / spans).sum())
+        errors[layer] = math.sqrt(noise * (weights**2 / spans).sum())
         mean = window[:, layer].mean(axis=0)
         kept = max(0.0, 1 - chance[layer] / spread[layer])
         level *= tokens[:, layer].mean()
@@ -86,8 +86,8 @@ def mostly_chance(window: np.ndarray) -> np.ndarray:
 
 
 def _steps(share: np.ndarray) -> np.ndarray:
-    """Squares of what shares change by from episode to episode, float64[T - 1, layers]."""
-    return (np.diff(share, axis=0) ** 2).sum(axis=2)
+    """Squares of what shares [T, ..., E] change by from episode to episode, float64[T - 1, ...]."""
+    return (np.diff(share, axis=0) ** 2).sum(axis=-1)
 
 
 def _weights(

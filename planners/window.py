@@ -20,7 +20,7 @@ class Window(NamedTuple):
         alike: bool[layers], whether the past of a layer counts.
         kept: bool[layers], whether a layer has the placement of its last plan.
         settled: bool[layers], those of `kept` that have a promise.
-        waiting: bool[layers], those of `settled` that have waited for a plan for long.
+        waiting: bool[layers], those that have waited for a plan for long.
         anew: whether settled layers are placed from scratch, too.
         today: int32[layers, R, S].
         columns: int16[layers, R, S], the routing columns of today.
