@@ -150,9 +150,12 @@ def stop_for(seconds: float, pid: int, group: Group) -> dict[str, int]:
     try:
         time.sleep(0.05)
         status = group.ranks[STOPPED_RANK].status
-        if status[Field.STATE] != State.STAGING or not 1 <= status[Field.STEP] % END_EVERY <= 4:
-            return {}
         before = status[Field.STEP]
+        if status[Field.STATE] != State.STAGING or not 1 <= before % END_EVERY <= 4:
+            return {}
+        # Its part of the engine's collective may be done here and still be owed to another rank.
+        if min(rank.status[Field.STEP] for rank in group.ranks) % END_EVERY == 0:
+            return {}
         time.sleep(seconds)
         meanwhile = max(rank.status[Field.STEP] for rank in group.ranks)
         committed = max(rank.status[Field.EPOCH] for rank in group.ranks)
