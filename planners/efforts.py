@@ -15,11 +15,12 @@ def _effort(deviations: tuple, slacks: tuple, **rest: Any) -> Effort:
 
 EFFORTS = {
     "fast": _effort(
-        (0.67,),
+        (1.0,),
         (1, 1.3, 1.5, 1.75),
         heavy=0.4,
         starts=1,
-        checks=24,
+        rows=10,
+        checks=64,
         partners=6,
         sweeps=6,
         least=5e-6,
@@ -32,6 +33,7 @@ EFFORTS = {
         (1, 1.1, 1.2, 1.3, 1.5, 1.75),
         heavy=0.4,
         starts=2,
+        rows=128,
         checks=128,
         partners=14,
         sweeps=30,
@@ -45,6 +47,7 @@ EFFORTS = {
         (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2),
         heavy=0.0,
         starts=4,
+        rows=128,
         checks=128,
         partners=32,
         sweeps=60,

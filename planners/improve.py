@@ -28,13 +28,14 @@ _NONE = -(2**30)
 
 
 @njit(**FAST)
-def improve(layer, price, most_moves, checks, partners, sweeps, least, fraction):
+def improve(layer, price, most_moves, rows, checks, partners, sweeps, least, fraction):
     """Sweep over the ranks until nothing gains.
 
     Args:
         layer: changed in place.
         price: PAR that one slot away from home must win.
         most_moves: slots that may be away from home; what has more at the start keeps them.
+        rows: slots of a rank, those that can win most, for which candidates are sought.
         checks: candidates evaluated exactly at each step.
         partners: ranks, those with most room, that a rank may swap with.
         sweeps: most passes over the ranks.
@@ -48,7 +49,7 @@ def improve(layer, price, most_moves, checks, partners, sweeps, least, fraction)
         return
     stuck = np.zeros(ranks, np.bool_)
     room = most_moves - moved(layer)
-    desk = new_desk(layer, partners, checks)
+    desk = new_desk(layer, partners, rows)
     swaps = 0
     even_out(layer, price, room, 0.0)
     room = most_moves - moved(layer)

@@ -48,7 +48,7 @@ class Effort(NamedTuple):
         slacks: see `counts.replica_counts`; one vector of each family for each.
         heavy: share of the ranks that an expert must need so that slacks above the first are tried.
         starts: vectors of counts, the best of all, that are placed and improved.
-        checks, partners, sweeps, least, fraction: of `improve.improve`.
+        rows, checks, partners, sweeps, least, fraction: of `improve.improve`.
         episodes: most episodes to search on; more of them are merged.
         kicks: times that the best placement is disturbed and improved again.
     """
@@ -57,6 +57,7 @@ class Effort(NamedTuple):
     slacks: np.ndarray
     heavy: float
     starts: int
+    rows: int
     checks: int
     partners: int
     sweeps: int
@@ -188,6 +189,7 @@ def _improve(layer, effort, price, most_moves, sweeps):
         layer,
         np.float32(price),
         most_moves,
+        effort.rows,
         effort.checks,
         effort.partners,
         sweeps,

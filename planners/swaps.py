@@ -65,10 +65,10 @@ class Desk(NamedTuple):
 
 
 @njit(**FAST)
-def new_desk(layer, partners, checks):
-    """A desk for swaps of up to `checks` slots of any rank of `layer` with `partners` others."""
+def new_desk(layer, partners, rows):
+    """A desk for swaps of up to `rows` slots of any rank of `layer` with `partners` others."""
     ranks, slots = layer.placement.shape
-    n, m = min(partners, ranks) * slots, min(checks, slots)
+    n, m = min(partners, ranks) * slots, min(rows, slots)
     return Desk(
         np.empty((3, n), np.int32),
         np.empty(n, np.float32),

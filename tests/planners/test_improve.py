@@ -10,7 +10,7 @@ from flash_eplb.planners.swaps import even_out
 
 
 def improved(layer, price=0.0, most=10**6, least=1e-6, fraction=0.0):
-    improve(layer, np.float32(price), most, 8, 16, 30, np.float32(least), np.float32(fraction))
+    improve(layer, np.float32(price), most, 8, 8, 16, 30, np.float32(least), np.float32(fraction))
     return layer.placement
 
 
