@@ -20,7 +20,7 @@ from .confirm import Confirmation
 from .efforts import EFFORTS
 from .forecast import forecast
 from .memory import MERGED, Memory, is_alike, is_other
-from .offers import FIRST_SHARE, Finder, spread
+from .offers import Finder, spread
 from .partway import Going, moves_between, part_of_the_way
 from .plan import Plan, align_all, make_plan, plan_between
 from .promises import Promises, hoped
@@ -277,6 +277,7 @@ class FlashLB:
         Where the heat has changed another is looked for; where no more is won by what is left, it
         stays at that.
         """
+        first_price = self._finder.price(terms, is_settled=False)
         offers = []
         for offer in self._going.offers():
             layer = np.array([offer.layer])
@@ -288,7 +289,7 @@ class FlashLB:
                 gain=float(before[offer.layer] - par[0, 0]),
                 moves=moves_between(window.today[offer.layer], offer.placement),
             )
-            is_worth = offer.moves and offer.gain > FIRST_SHARE * terms.price * offer.moves
+            is_worth = offer.moves and offer.gain > first_price * offer.moves
             if offer.layer not in due or offer.par > hoped(offer.promise) + self.min_gain:
                 self._going.drop(offer.layer)
             elif is_worth:

@@ -211,7 +211,7 @@ def test_columns_of_a_placement_that_is_gone_are_not_relied_on(routing):
 def test_weights_that_have_become_wrong_are_seen_and_replaced():
     placement = np.array([[[0, 1], [0, 2], [0, 3], [0, 4]]])
     skewed = np.array([[[800, 500, 100, 100, 100]]] * 16)
-    planner = FlashLB(4, 2, routing="weighted", min_gain=0.001, move_price=100)
+    planner = FlashLB(4, 2, routing="weighted", min_gain=0.001, max_moves=0)
     first = planner.plan(skewed, placement)
     assert (first.placement == placement).all()
     assert len(set(first.columns[0, :, 0].tolist())) > 1

@@ -7,7 +7,6 @@ from heats import EVEN_SOON, initial, loosened, shuffled, stuck, uneven, window,
 
 from flash_eplb.planners import flashlb
 from flash_eplb.planners.flashlb import FlashLB
-from flash_eplb.planners.offers import FIRST_SHARE
 
 EFFORTS = ["fast", "balanced", "thorough"]
 
@@ -231,9 +230,8 @@ def test_a_plan_wins_at_least_min_gain(episodes):
 
 def test_a_plan_pays_for_its_moves():
     # It wins 0.2 by moving 2 of 4 slots.
-    heat, placement = MANY * np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
+    placement = np.array([EVEN_SOON])
     for price, worth in ((0.38, True), (0.42, False)):
-        assert bool(FlashLB(2, 2, move_price=price / FIRST_SHARE).plan(heat, placement)) == worth
         planner = FlashLB(2, 2, move_price=price, half_life=0)
         plan = planner.plan(MANY * np.array([[uneven(6)]] * 4), placement)
         assert plan
@@ -242,12 +240,23 @@ def test_a_plan_pays_for_its_moves():
         assert bool(planner.plan(MANY * worse, plan.placement)) == worth
 
 
+def test_the_first_plan_of_a_layer_is_all_but_free():
+    heat, placement = MANY * np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
+    assert FlashLB(2, 2, move_price=1e3).plan(heat, placement)
+    assert not FlashLB(2, 2, move_price=1e3, min_gain=0).plan(np.ones((4, 1, 4)), placement)
+
+
 def test_moves_that_cost_more_are_fewer():
     rng = np.random.default_rng(7)
-    heat, placement = window(rng, zipf(rng, 2, 64)), initial(2, 8, 9, 64)
-    plans = [FlashLB(8, 9, move_price=p).plan(heat, placement) for p in (0, 30, 300, 30_000)]
-    moves = [len(plan.moves) for plan in plans]
-    assert moves[0] > moves[1] > moves[2] >= moves[3] == 0
+    popularity = zipf(rng, 2, 64)
+    heat = window(rng, popularity)
+    changed = window(rng, rng.permuted(popularity, axis=1))
+    moves = []
+    for price in (0.001, 0.3, 1, 1e3):
+        planner = FlashLB(8, 9, move_price=price)
+        placement = planner.plan(heat, initial(2, 8, 9, 64)).placement
+        moves.append(len(planner.plan(changed, placement).moves))
+    assert moves[0] > moves[1] > moves[2] > moves[3] == 0, moves
 
 
 def test_every_layer_looks_where_picking_does_not():
