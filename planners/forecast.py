@@ -4,7 +4,7 @@ With few tokens (decode) an expert's count in one episode says little: a placeme
 episodes fits noise. There the episodes are drawn towards their mean, by the share of their variance
 that chance explains (James and Stein 1961), and the mean is carried to where the popularity of the
 experts has drifted: the level of a random walk seen through noise, whose best estimate weighs the
-episodes by their age (Muth 1960).
+episodes by their age (Muth 1960) and by what their tokens tell.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MUCH = 4.0
 
 DOUBT = 3.0
 """Standard errors that chance is taken to explain."""
+
+MUCH_BETTER = 0.5
+"""Share of the variance of the level that must be left where episodes count by their tokens."""
 
 FEWEST = 8
 """Episodes of a window that tell chance from change."""
@@ -63,8 +66,11 @@ def forecast(window: np.ndarray, past: np.ndarray, span: int) -> tuple[np.ndarra
         if len(window) >= 2 * FEWEST:
             noise = max(noise, _steps(share[:, layer]).mean() / 2)
         spans, weights = _weights(share[:, layer], past[:, layer], span, noise)
-        level = weights @ np.concatenate([shares(past[:, layer]), share[:, layer]])
-        errors[layer] = math.sqrt(noise * (weights**2 / spans).sum())
+        known = np.concatenate([past[:, layer], window[:, layer]])
+        variance = 1 / np.maximum(known.sum(axis=1), 1) + (noise - chance[layer]) / spans
+        weights = _by_tokens(shares(known), weights, spans, variance)
+        level = weights @ shares(known)
+        errors[layer] = math.sqrt((weights**2 * variance).sum())
         mean = window[:, layer].mean(axis=0)
         kept = max(0.0, 1 - chance[layer] / spread[layer])
         level *= tokens[:, layer].mean()
@@ -104,7 +110,7 @@ def _weights(
     """
     half = len(share) // 2
     apart = ((share[-half:].mean(axis=0) - share[:half].mean(axis=0)) ** 2).sum()
-    by_noise = 2 * noise / half * (1 + DOUBT * math.sqrt(2 * (share.mean(axis=0) ** 2).sum()))
+    by_noise = 2 * noise / half * _doubt(share.mean(axis=0))
     # two adjacent stretches of a random walk differ by 2/3 of what it does in one of them
     drift = max(0.0, apart - by_noise) * 1.5 / half
     spans = np.concatenate([np.full(len(past), span), np.ones(len(share))])
@@ -112,3 +118,30 @@ def _weights(
     weights = spans * (1 - math.sqrt(drift / (drift + noise))) ** age
     weights[: len(past)] *= past.any(axis=1)
     return spans, weights / weights.sum()
+
+
+def _by_tokens(
+    share: np.ndarray, weights: np.ndarray, spans: np.ndarray, variance: np.ndarray
+) -> np.ndarray:
+    """Weights by which what has many tokens counts more, for it is known better.
+
+    Only where that is much better than to count all alike, and not where such episodes (prefill)
+    have other shares than those with few.
+
+    Args:
+        share: float64[n, E], of sums of episodes.
+        weights: float64[n], by age and `spans` alone, 1 in sum.
+        spans: float64[n], episodes in each sum.
+        variance: float64[n], of the shares of each sum by what does not last, over all experts.
+    """
+    better = weights / spans / variance
+    better /= better.sum()
+    apart = (((better - weights) @ share) ** 2).sum()
+    by_noise = ((better - weights) ** 2 * variance).sum() * _doubt(weights @ share)
+    is_much = (better**2 * variance).sum() < MUCH_BETTER * (weights**2 * variance).sum()
+    return better if is_much and apart <= by_noise else weights
+
+
+def _doubt(share: np.ndarray) -> float:
+    """Times the expected square of a difference of shares float64[E] that chance may explain."""
+    return 1 + DOUBT * math.sqrt(2 * (share**2).sum())

@@ -73,6 +73,34 @@ def test_the_past_counts_where_nothing_drifts(seed):
     assert same == more
 
 
+def mixed(rng, few, many, popularity, other):
+    """64 Poisson episodes of `few` tokens; every eighth of `many` and of the `other` popularity."""
+    heat = window(rng, popularity, 64, few)
+    heat[::8] = window(rng, other, 8, many)
+    return heat.astype(float)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("few", "many"), [(60, 40_000), (500, 16_000)])
+def test_episodes_of_many_tokens_tell_more_than_those_of_few(seed, few, many):
+    rng = np.random.default_rng(seed)
+    popularity = zipf(rng, 1, 64, 0.5)
+    heat = mixed(rng, few, many, popularity, popularity)
+    expected, error = forecast(heat, NONE, 4)
+    alike = (heat / heat.sum(axis=2, keepdims=True)).mean(axis=0)[0]
+    assert far(expected, popularity[0]) < 0.6 * np.abs(alike - popularity[0]).sum()
+    assert error[0] < 0.7 * np.sqrt((1 / heat.sum(axis=2)).mean() / len(heat))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_episodes_of_many_tokens_and_other_experts_are_not_all_that_counts(seed):
+    rng = np.random.default_rng(seed)
+    popularity, other = zipf(rng, 2, 64, 0.5)[:, None]
+    expected, _ = forecast(mixed(rng, 200, 16_000, popularity, other), NONE, 4)
+    mean = (popularity * 7 + other) / 8
+    assert far(expected, mean[0]) < 0.1
+
+
 def test_each_layer_is_judged_by_itself():
     rng = np.random.default_rng(2)
     popularity = zipf(rng, 3, 64)
