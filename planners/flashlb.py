@@ -7,6 +7,7 @@ ours: see `search.py`, `improve.py` and `place.py`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +27,8 @@ from .plan import Plan, align_all, make_plan, plan_between
 from .promises import Promises, hoped
 from .search import Terms
 from .window import Offer, Window
+
+log = logging.getLogger("flash_eplb.planner")
 
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
@@ -63,7 +66,8 @@ class FlashLB:
         tolerance: PAR above its promise at which a layer is planned again; up to three times as
             much where the PAR of episodes varies.
         half_life: episodes after which an episode before the window counts half; 0 forgets all.
-        max_moves: most moves in one plan; None for no limit.
+        max_moves: most moves in one plan; None for no limit. With 1 nothing moves where there is
+            no redundant expert, which is logged once: there two or more change places.
         max_layers: most layers in which experts move in one plan; None for no limit.
         threads: that layers are spread over; the plan does not depend on their number.
 
@@ -109,6 +113,7 @@ class FlashLB:
         self.threads = whole("threads", threads, 1)
         self._memory = Memory(amount("half_life", half_life))
         self._going = Going()
+        self._said_stuck = False
         self._planned = np.empty((0, self.ranks, self.slots_per_rank), np.int32)
         self._columns = np.empty(self._planned.shape, np.int16)
         self._changed = np.empty(0, np.int32)
@@ -152,6 +157,7 @@ class FlashLB:
         room = today.size
         for limit in (self.max_moves, max_moves):
             room = room if limit is None else min(room, whole("max_moves", limit, 0))
+        self._say_stuck(tokens.shape[2])
         window = self._window(tokens, today, every_layer)
         now, error = self._finder.measure(window.tokens, today, columns=self._columns)
         shown: np.ndarray = now
@@ -195,6 +201,16 @@ class FlashLB:
     def forget(self) -> None:
         """The last plan was not carried out: the layers that it changes may be anywhere."""
         self._planned[self._changed] = -1
+
+    def _say_stuck(self, experts: int) -> None:
+        """Once, that no plan fits a limit of one move: an expert that leaves must be elsewhere."""
+        is_stuck = self.max_moves == 1 and experts == self.ranks * self.slots_per_rank
+        if is_stuck and not self._said_stuck:
+            log.warning(
+                "max_moves is 1 (EPLB_MAX_MOVES), with which nothing moves: there is no redundant "
+                "expert, so two change places at once; give 2 or more, or no cap"
+            )
+        self._said_stuck = is_stuck
 
     def _window(self, tokens: np.ndarray, today: np.ndarray, every_layer: bool) -> Window:
         """What is planned from: the heat, what to expect from it, and what is remembered."""

@@ -1,5 +1,7 @@
 """Which layers FlashLB plans, and which it leaves alone."""
 
+import logging
+
 import numpy as np
 import pytest
 from checker import assert_leads, ratios
@@ -334,3 +336,19 @@ def test_few_tokens_that_drift_are_followed_with_few_moves(monkeypatch):
     monkeypatch.setattr(flashlb, "forecast", lambda heat, past, span: (heat, none))
     without = [excess_and_moves(seed)[0] for seed in range(3)]
     assert ours[:, 0].mean() < 0.9 * np.mean(without)
+
+
+def test_a_cap_of_one_move_without_a_redundant_expert_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flash_eplb"), "propagate", True)
+    heat, placement = stuck()
+    planner = FlashLB(4, 2, max_moves=1)
+    assert not planner.plan(heat, placement)
+    assert not planner.plan(heat, placement)
+    assert [record.getMessage() for record in caplog.records] == [
+        "max_moves is 1 (EPLB_MAX_MOVES), with which nothing moves: there is no redundant expert, "
+        "so two change places at once; give 2 or more, or no cap"
+    ]
+    caplog.clear()
+    assert FlashLB(4, 2, max_moves=2).plan(heat, placement)
+    assert FlashLB(4, 3, max_moves=1).plan(heat, initial(1, 4, 3, 8))
+    assert not caplog.records
