@@ -51,6 +51,7 @@ class Delivery:
         self._epoch = epoch
         self._timeout_steps = timeout_steps
         self._sent = 0
+        self._told = 0
         self._refused = self._sum(Field.REFUSED)
         self._last_progress = (0, self._newest_step())
         self.reason = ""
@@ -61,10 +62,11 @@ class Delivery:
         return self._first + len(self._rounds)
 
     def placements(self) -> list[tuple[int, np.ndarray]]:
-        """(epoch, placement) of each round that is committed so far."""
+        """(epoch, placement) of each round that was committed since the last call."""
         newest = max(self._own(rank.status, Field.COMMITTED_ROUND) for rank in self._group.ranks)
-        done = max(0, newest - self._first + 1)
-        return [(self._epoch + n + 1, r.placement) for n, r in enumerate(self._rounds[:done])]
+        told, self._told = self._told, max(self._told, newest - self._first + 1)
+        first = self._epoch + told + 1
+        return [(first + n, r.placement) for n, r in enumerate(self._rounds[told : self._told])]
 
     def advance(self) -> Progress:
         """Send what fits, look at the ranks' status; FAILED comes with `reason`."""

@@ -77,3 +77,34 @@ def test_planning_goes_on_without_a_place_to_record(session, tmp_path, caplog):
 
 def test_nothing_is_recorded_unless_it_is_asked_for():
     assert type(recorder_of("", 10, "s", {})(None)) is NoRecorder
+
+
+class Turned:
+    """Wants the experts of each two ranks exchanged."""
+
+    def __init__(self, ranks, slots):
+        pass
+
+    def plan(self, heat, placement):
+        return placement[:, ::-1]
+
+
+def test_each_placement_of_a_plan_of_many_rounds_is_recorded_once(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("flash_eplb.planners.recorder.CHUNK_STEPS", 40)
+    engine = FakeEngine(session, layers=100, rows=1)
+    made = recorder_of(str(tmp_path), 100, session, {})
+
+    async def scenario():
+        planner = Planner(session, Turned, PACE, make_recorder=made)
+        task = asyncio.create_task(planner.run())
+        await until(engine, lambda: engine.epoch > 280, np.ones((100, 8), int))
+        planner.stop()
+        await task
+
+    run(scenario())
+    engine.close()
+    files = sorted(tmp_path.glob("*.npz"))
+    assert len(files) > 5
+    for file in files:
+        with np.load(file) as chunk:
+            assert len(chunk["placements"]) <= len(chunk["steps"]) + 20
