@@ -86,12 +86,29 @@ def is_alike(past: np.ndarray, window: np.ndarray) -> np.ndarray:
     before, now = _popularity(past), _popularity(window)
     half = len(window) // 2
     if not half:
-        return _apart(before, now) <= STIR
+        return _is_alike_alone(past, now)
     older, newer = _popularity(window[:half]), _popularity(window[half:])
     halves = _apart(older, newer)
     is_near = _apart(before, now) <= FAR * halves + STIR
     leaving = np.minimum(LEAVING, AHEAD * halves)
     return is_near & (_apart(before, newer) <= _apart(before, older) + leaving)
+
+
+def _is_alike_alone(past: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """`is_alike` for the shares float64[layers, experts] of a window of a single episode.
+
+    How heat varies, and where it goes, the past has to tell: by what one part of it mostly differs
+    from the next, and by its halves, of which the newer must not be nearer to `now`.
+    """
+    near = _apart(_popularity(past), now)
+    half = len(past) // 2
+    if not half:
+        return near <= STIR
+    varies = np.median(np.abs(np.diff(shares(past), axis=0)).sum(axis=2) / 2, axis=0)
+    older, newer = _popularity(past[:half]), _popularity(past[half:])
+    leaving = np.minimum(LEAVING, AHEAD * _apart(older, newer))
+    is_near = near <= FAR * varies + STIR
+    return is_near & (_apart(older, now) <= _apart(newer, now) + leaving)
 
 
 def is_other(past: np.ndarray, window: np.ndarray) -> np.ndarray:

@@ -278,3 +278,16 @@ def test_an_abrupt_change_is_followed_before_it_fills_the_window(ranks, slots, e
     stale = par[12]  # the plan of the 104th episode has seen four of them, which may be a burst
     assert stale > 1.5
     assert par[14] < 1 + 0.2 * (stale - 1)  # it has seen 20
+
+
+def test_windows_of_a_single_episode_do_not_chase_what_varies():
+    rng = np.random.default_rng(1)
+    popularity, planner = 10**6 * zipf(rng, 2, 64, 0.9), FlashLB(8, 9)
+    heat = rng.poisson(popularity * rng.gamma(20, 1 / 20, (60, *popularity.shape)))
+    placement, moves = initial(2, 8, 9, 64), []
+    for episode in heat:
+        plan = planner.plan(episode[None], placement)
+        placement = plan.placement
+        moves.append(len(plan.moves))
+    assert sum(moves[30:]) < 0.1 * 30 * placement.size
+    assert ratios(heat[-30:], placement).mean() < 1.16

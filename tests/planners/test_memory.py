@@ -112,3 +112,21 @@ def test_an_expert_that_grows_little_by_little_leaves_the_past_behind(rise):
     heat = rng.poisson(10**6 * share).astype(float)
     past, recent = heat[:128].reshape(32, 4, 1, 64).sum(axis=1), heat[128:]
     assert is_alike(past, recent).tolist() == [rise == 0]
+
+
+def varying(rng, popularity, episodes):
+    """Heat of a popularity that is another by some 20% in each episode."""
+    return 10**6 * popularity * rng.gamma(20, 1 / 20, (episodes, *popularity.shape))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_single_episode_of_heat_that_varies_is_told_from_other_heat_by_the_past(seed):
+    rng = np.random.default_rng(seed)
+    popularity, other = zipf(rng, 3, 256, 0.9), zipf(rng, 3, 256, 0.9)
+    memory = Memory(64)
+    for episode in varying(rng, popularity, 100):
+        past, _ = memory.recall(episode[None])
+    assert is_alike(past, varying(rng, popularity, 1)).all()
+    for episode in varying(rng, other, 12):  # until much of it is past
+        past, _ = memory.recall(episode[None])
+        assert not is_alike(past, episode[None]).any()
