@@ -62,7 +62,7 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` with its dimensions in the order of memory; ValueError if it has gaps."""
     if tensor.is_contiguous():
         return tensor
-    strides = tensor.stride()
+    strides = _strides(tensor)
     order = sorted(range(tensor.dim()), key=lambda d: (strides[d], tensor.shape[d]), reverse=True)
     ordered = tensor.permute(order)
     if not ordered.is_contiguous():
@@ -88,6 +88,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of `tensor`, 0 where one says nothing of where its elements lie."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return tuple(stride if size > 1 else 0 for stride, size in pairs)
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from flash_eplb.loaders import digest as digest_module
 from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.digest import device_digest, digests, row_digest
-from flash_eplb.loaders.staging import Staging, reorder_slots, row_bytes, slot_views
+from flash_eplb.loaders.staging import (
+    Staging,
+    dense,
+    reorder_slots,
+    row_bytes,
+    slot_forms,
+    slot_views,
+)
 
 DTYPES = [
     torch.float32,
@@ -336,6 +343,14 @@ def test_the_dimensions_of_a_dense_tensor_travel_in_the_order_of_memory():
     assert view.flatten().tolist() == list(range(24))
     with pytest.raises(ValueError, match=r"shape \(3, 2\) and stride \(4, 2\) has gaps"):
         slot_views([[torch.arange(12.0).view(3, 4)[:, ::2]]], 0)
+
+
+def test_the_stride_of_a_dimension_of_one_element_orders_nothing():
+    """Slots that differ in nothing else are alike, so a row of one takes the expert of another."""
+    memory = torch.arange(8.0)
+    slots = [memory.as_strided((2, 1, 4), (1, stride, 2)) for stride in (1, 2, 100)]
+    assert len(set(slot_forms(slots))) == 1
+    assert {tuple(dense(slot).shape) for slot in slots} == {(4, 2, 1)}
 
 
 def test_an_engines_buffer_of_tensors_serves_as_rows_if_all_layers_are_alike():
