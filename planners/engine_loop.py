@@ -107,6 +107,7 @@ class EngineLoop:
         self._unphased = False
         self._heatless = False
         self._full = False
+        self._threadless = False
         self._placement = np.zeros(0)
         log.info(
             "serving an engine: %d layers, %d experts on %d ranks x %d slots",
@@ -243,8 +244,23 @@ class EngineLoop:
             make = partial(self._guard.propose, self._window.heat(), self._placement, rows)
         else:
             make = partial(self._guard.reach, self._initial.wanted, self._placement, rows)
+        self._submit(make)
+
+    def _submit(self, make: Callable[[], Proposal | None]) -> None:
+        """Plan in a thread; where none can be started, which is said once, the next plan may be."""
+        try:
+            self._planning = self._executor.submit(self._timed, make)
+        except RuntimeError as error:
+            if not self._threadless:
+                log.warning(
+                    "nothing is planned until a thread can be started (%s): raise `ulimit -u`, or "
+                    "the limit of processes of the container",
+                    error,
+                )
+            self._threadless = True
+            return
+        self._threadless = False
         self._hangs_at = time.monotonic() + LONG_PLAN
-        self._planning = self._executor.submit(self._timed, make)
         self._planning.add_done_callback(lambda _: self._wake())
 
     def _plan_later(self) -> None:

@@ -276,6 +276,30 @@ def test_a_policy_that_hangs_is_named_and_does_not_hold_up_the_end(
     assert ended[1] - ended[0] < 10
 
 
+def test_a_plan_for_which_no_thread_can_be_started_costs_only_itself(session, engine, caplog):
+    start, refused = threading.Thread.start, []
+
+    def start_from_the_third_on(thread):
+        if thread.name == "eplb-plan" and len(refused) < 2:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_from_the_third_on)
+            async with planning(session):
+                await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    assert len(refused) == 2
+    assert caplog.messages == [
+        "nothing is planned until a thread can be started (can't start new thread): raise "
+        "`ulimit -u`, or the limit of processes of the container"
+    ]
+
+
 def test_a_plan_that_outlasts_the_planner_is_no_error(session, engine, caplog):
     threads, let_go = [], threading.Event()
 
