@@ -53,7 +53,8 @@ _EPOCHS_KEPT = 256
 
 
 OnStop = Callable[[Path, Exception], None]
-"""Called once, from the recorder's thread, with the folder and what ended its recording."""
+"""Called once, from the recorder's thread or where that cannot be started, with the folder and what
+ended its recording."""
 
 
 def planning_goes_on(folder: Path, error: Exception) -> None:
@@ -154,7 +155,10 @@ class Recorder(NoRecorder):
         self._waiting: queue.Queue[_Filling | None] = queue.Queue(_MOST_WAITING)
         self._failed = False
         self._thread = threading.Thread(target=self._write_all, name="eplb-record", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # there are no more
+            self._stop(error)
 
     def step(self, step: StepHeat) -> None:
         """The heat of a step was read."""
@@ -217,6 +221,8 @@ class Recorder(NoRecorder):
 
     def close(self) -> None:
         """Write what is left; waits for ten seconds at most."""
+        if self._thread.ident is None:
+            return
         if self._filling:
             self._hand_over()
         with contextlib.suppress(queue.Full):
@@ -258,8 +264,11 @@ class Recorder(NoRecorder):
             finally:
                 os.close(lock)
         except Exception as error:  # whatever it is, planning goes on
-            self._failed = True
-            self._on_stop(self._folder, error)
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        self._failed = True
+        self._on_stop(self._folder, error)
 
     def _open_folder(self) -> int:
         """Make the folder ours; returns the descriptor that holds its lock."""

@@ -1,7 +1,9 @@
 import asyncio
 import logging
+import threading
 
 import numpy as np
+import pytest
 from fake_engine import FakeEngine
 from planner_runs import PACE, SKEWED, run, until
 from recordings import stopped
@@ -72,6 +74,33 @@ def test_planning_goes_on_without_a_place_to_record(session, tmp_path, caplog):
     with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
         run(scenario())
     assert "Not a directory" in stopped(caplog)
+    engine.close()
+
+
+def test_planning_goes_on_where_no_thread_can_be_started_to_record(session, tmp_path, caplog):
+    engine = FakeEngine(session)
+    made = recorder_of(str(tmp_path), 10, session, {})
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "eplb-record":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario():
+        planner = Planner(session, FlashLB, PACE, make_recorder=made)
+        task = asyncio.create_task(planner.run())
+        await until(engine, lambda: engine.epoch >= 1)
+        planner.stop()
+        await task
+
+    with (
+        caplog.at_level(logging.ERROR, "flash_eplb.planner"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(threading.Thread, "start", refuse)
+        run(scenario())
+    assert "can't start new thread" in stopped(caplog)
     engine.close()
 
 
