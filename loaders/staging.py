@@ -100,6 +100,7 @@ def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
+@torch.inference_mode()  # whatever mode they were made in
 def reorder_slots(layer: Sequence[Stack], before: np.ndarray, after: np.ndarray) -> None:
     """Exchange the slots of the experts of one rank, in place, with room for one of them.
 

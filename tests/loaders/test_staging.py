@@ -372,3 +372,12 @@ def test_slots_of_tensors_of_their_own_change_places():
     reorder_slots(weights, np.array([5, 6, 7]), np.array([7, 5, 6]))
     after = [row_digest(slot_views(weights, slot)) for slot in range(3)]
     assert after == [before[2], before[0], before[1]]
+
+
+def test_slots_made_in_inference_mode_change_places_outside_it():
+    with torch.inference_mode():
+        weights = listed(FORMS, layers=1)[0]
+    before = [row_digest(slot_views(weights, slot)) for slot in range(3)]
+    reorder_slots(weights, np.array([5, 6, 7]), np.array([6, 5, 7]))
+    after = [row_digest(slot_views(weights, slot)) for slot in range(3)]
+    assert after == [before[1], before[0], before[2]]
