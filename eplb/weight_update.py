@@ -128,9 +128,7 @@ class WeightUpdate:
         self._check_not_stopped()
         if not self._is_home():
             self._move_home()
-        # An expert that was on its rank all the time may have come to another slot, and its layer
-        # may have other routing columns.
-        loader.reorder(self._initial)
+        self._reorder()
         log.info("EP rank %d: experts are back where vLLM writes weights", self._group.rank)
 
     def _move_home(self) -> None:
@@ -157,6 +155,18 @@ class WeightUpdate:
         self._check_not_stopped()
         if not self._is_home():
             raise RuntimeError("a transfer failed (the log says which); try again")
+
+    def _reorder(self) -> None:
+        """An expert that was on its rank all the time may have come to another slot, and its layer
+        may have other routing columns: put right on all ranks, or on none."""
+        prepared: list[Callable[[], None]] = []
+        try:
+            self._group.together(lambda: prepared.append(self._loader.reordering(self._initial)))
+        except UnsupportedError as error:
+            raise RuntimeError(
+                f"experts cannot go back to where vLLM writes weights: {error}"
+            ) from error
+        prepared[0]()
 
     def _is_home(self) -> bool:
         """Whether every expert is on its first ranks, in whatever slots."""

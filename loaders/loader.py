@@ -149,23 +149,26 @@ class Loader:
         self._show(State.HELD)
         self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
 
-    def reorder(self, placement: np.ndarray) -> None:
-        """Give experts other slots on the ranks where they are, and even routing columns in all
-        layers: all ranks, at the same step.
+    def reordering(self, placement: np.ndarray) -> Callable[[], None]:
+        """What gives experts other slots on the ranks where they are, and even routing columns in
+        all layers: all ranks call it, at the same step, or none does.
 
         Args:
             placement: int32 [layers, ranks, slots], with the experts of now on every rank.
-        """
-        from .copies import copy_rows
-        from .staging import reorder_slots
 
-        layers = np.flatnonzero((placement != self.placement).any(axis=(1, 2)))
-        for layer in layers:
-            ours = self.placement[layer, self._rank], placement[layer, self._rank]
-            reorder_slots(self._engine.weights[layer], *ours)
-        copy_rows(*self._engine.tables(np.arange(len(placement)), placement, None))
-        self.placement = placement.copy()
-        self._turn_epoch()
+        Raises:
+            MemoryError: there is no room for it; nothing was written.
+        """
+        from .reorder import reordering
+
+        write = reordering(self._engine, self._rank, self.placement, placement)
+
+        def turn() -> None:
+            write()
+            self.placement = placement.copy()
+            self._turn_epoch()
+
+        return turn
 
     def release(self) -> None:
         """The weights are those of `placement` again: all ranks call it at the same step.

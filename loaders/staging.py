@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from ..device import device_of
@@ -98,28 +97,6 @@ def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"an expert tensor of shape {tuple(tensor.shape)} is not contiguous")
     return tensor.view(-1).view(torch.uint8)
-
-
-@torch.inference_mode()  # whatever mode they were made in
-def reorder_slots(layer: Sequence[Stack], before: np.ndarray, after: np.ndarray) -> None:
-    """Exchange the slots of the experts of one rank, in place, with room for one of them.
-
-    Args:
-        layer: stacks of its tensors.
-        before, after: int [slots], the experts in the slots; the same experts, each once.
-    """
-    source = {expert: slot for slot, expert in enumerate(before.tolist())}
-    left = {slot for slot, expert in enumerate(after.tolist()) if source[expert] != slot}
-    while left:
-        first = slot = min(left)
-        kept = [view.clone() for view in slot_views(layer, first)]
-        while slot in left:
-            left.remove(slot)
-            follower = source[int(after[slot])]
-            arriving = kept if follower == first else slot_views(layer, follower)
-            for target, view in zip(slot_views(layer, slot), arriving, strict=True):
-                target.copy_(view)
-            slot = follower
 
 
 class Staging:

@@ -169,6 +169,34 @@ def test_experts_go_back_to_their_very_slots(moving):
     group.check(is_new=True)
 
 
+def test_experts_that_cannot_change_slots_on_one_rank_stay_on_all(moving, monkeypatch):
+    group = moving()
+    for experts in ([1, 2, 3], [0, 2, 3], [0, 1, 2]):
+        wanted = group.placement.copy()
+        wanted[:, 0] = experts
+        group.send(wanted)
+        group.step_until(lambda want=experts: (np.sort(group.placement[:, 0]) == want).all())
+    before = group.placement.copy()
+
+    def tables(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(group.engines[0], "tables", tables)
+    errors = group.run(lambda rank: _error(group.workers[rank].begin_update))
+    for error in errors:
+        assert error.startswith("experts cannot go back to where vLLM writes weights: EP rank 0: ")
+        assert error.endswith("MemoryError: no room")
+    assert not any(worker.is_updating for worker in group.workers)
+    assert np.array_equal(group.placement, before)
+    group.check(is_new=False)
+    monkeypatch.undo()
+    group.step(20)
+    group.move()
+    group.check(is_new=False)
+    group.update()
+    group.check(is_new=True)
+
+
 def test_all_layers_have_even_columns_again_whether_experts_have_moved_or_not(moving):
     group = moving()
     last = [{}, {}]

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from flash_eplb.loaders import digest as digest_module
 from flash_eplb.loaders.copies import copy_rows
 from flash_eplb.loaders.digest import device_digest, digests, row_digest
+from flash_eplb.loaders.reorder import reorder_slots
 from flash_eplb.loaders.staging import (
     Staging,
     dense,
-    reorder_slots,
     row_bytes,
     slot_forms,
     slot_views,
@@ -294,7 +294,7 @@ def test_experts_change_slots_in_place(before, after):
     before, after = np.array(before), np.array(after)
     ids = torch.from_numpy(before.astype(np.float32))
     layer = [ids[:, None].repeat(1, 3), ids.to(torch.bfloat16)]
-    reorder_slots(layer, before, after)
+    reorder_slots(layer, before, after, Staging([layer], 1).views(0, 0))
     for tensor in layer:
         assert (tensor.float().view(6, -1) == torch.from_numpy(after)[:, None]).all()
 
@@ -369,7 +369,9 @@ def test_an_engines_buffer_of_tensors_serves_as_rows_if_all_layers_are_alike():
 def test_slots_of_tensors_of_their_own_change_places():
     weights = listed(FORMS, layers=1)[0]
     before = [row_digest(slot_views(weights, slot)) for slot in range(3)]
-    reorder_slots(weights, np.array([5, 6, 7]), np.array([7, 5, 6]))
+    reorder_slots(
+        weights, np.array([5, 6, 7]), np.array([7, 5, 6]), Staging([weights], 1).views(0, 0)
+    )
     after = [row_digest(slot_views(weights, slot)) for slot in range(3)]
     assert after == [before[2], before[0], before[1]]
 
@@ -378,6 +380,8 @@ def test_slots_made_in_inference_mode_change_places_outside_it():
     with torch.inference_mode():
         weights = listed(FORMS, layers=1)[0]
     before = [row_digest(slot_views(weights, slot)) for slot in range(3)]
-    reorder_slots(weights, np.array([5, 6, 7]), np.array([6, 5, 7]))
+    reorder_slots(
+        weights, np.array([5, 6, 7]), np.array([6, 5, 7]), Staging([weights], 1).views(0, 0)
+    )
     after = [row_digest(slot_views(weights, slot)) for slot in range(3)]
     assert after == [before[1], before[0], before[2]]
