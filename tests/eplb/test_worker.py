@@ -244,6 +244,13 @@ def test_hosts_that_differ_are_refused_by_name(workers, monkeypatch):
     assert "several hosts is not supported" in group.workers[0].refused
 
 
+def test_a_host_that_does_not_tell_its_boot_is_told_by_its_shared_memory(workers, monkeypatch):
+    monkeypatch.setattr("flash_eplb.eplb.worker._BOOT_ID", "/proc/none/boot_id")
+    group = workers()
+    group.step()
+    assert not group.workers[0].refused
+
+
 def test_a_skipped_step_stops_balancing_on_all_ranks_and_names_the_rank(workers):
     group = workers()
     group.step(2)
