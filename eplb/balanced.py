@@ -42,11 +42,11 @@ def begin_update() -> bool:
     return opened
 
 
-def end_update() -> None:
+def end_update(took: float) -> None:
     """See `Worker.end_update`: of all workers of this process."""
     for state in _balanced:
         if state.worker is not None:
-            state.worker.end_update()
+            state.worker.end_update(took)
 
 
 def is_updating() -> bool:

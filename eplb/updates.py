@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,11 @@ READS = ("save_sharded_state", "save_tensorized_model", "compute_weight_checksum
 def follow_updates(
     worker_class: type,
     begin: Callable[[], bool],
-    end: Callable[[], None],
+    end: Callable[[float], None],
     is_open: Callable[[], bool],
 ) -> None:
-    """Let `worker_class` call `begin` before it writes or reads weights and `end` after it has.
+    """Let `worker_class` call `begin` before it writes or reads weights and `end`, with the seconds
+    that the call has taken, after it has.
 
     If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
     fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
@@ -46,14 +48,15 @@ def follow_updates(
         wrap_once(worker_class, name, functools.partial(_read, begin, end))
 
 
-def _read(begin: Callable[[], bool], end: Callable[[], None], original: Method) -> Method:
+def _read(begin: Callable[[], bool], end: Callable[[float], None], original: Method) -> Method:
     def read(*args: Any, **kwargs: Any) -> Any:
         opened = begin()
+        begun = time.monotonic()
         try:
             return original(*args, **kwargs)
         finally:
             if opened:  # else an update is under way, and experts are there
-                end()
+                end(time.monotonic() - begun)
 
     return read
 
@@ -61,17 +64,18 @@ def _read(begin: Callable[[], bool], end: Callable[[], None], original: Method) 
 def _wrapped(
     is_open: Callable[[], bool],
     begin: Callable[[], bool] | None,
-    end: Callable[[], None] | None,
-    undo: Callable[[], None] | None,
+    end: Callable[[float], None] | None,
+    undo: Callable[[float], None] | None,
     original: Method,
 ) -> Method:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         opened = begin is not None and begin()
+        begun = time.monotonic()
         try:
             result = original(*args, **kwargs)
         except BaseException:
             if undo is not None and opened:
-                undo()
+                undo(time.monotonic() - begun)
             elif is_open():
                 log.error(
                     "%s failed: no expert moves %suntil weights have been updated",
@@ -80,7 +84,7 @@ def _wrapped(
                 )
             raise
         if end is not None:
-            end()
+            end(time.monotonic() - begun)
         return result
 
     return wrapped

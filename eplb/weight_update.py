@@ -72,7 +72,7 @@ class WeightUpdate:
         if self.is_open:  # an update that failed half-way is begun again
             return False
         self._check_not_stopped()
-        self._meet("begin", step)
+        self._meet("begin", step, PATIENCE)
         self._updates += 1
         self.is_open = True
         try:
@@ -83,11 +83,16 @@ class WeightUpdate:
             raise
         return True
 
-    def end(self, step: int) -> None:
-        """After the engine has written: new digests, and balance on."""
+    def end(self, step: int, took: float = 0.0) -> None:
+        """After the engine has written: new digests, and balance on.
+
+        Args:
+            step: this rank's number of steps.
+            took: seconds that this rank has spent on it; another may take as long again.
+        """
         if not self.is_open:
             return
-        self._meet("end", step)
+        self._meet("end", step, max(PATIENCE, took))
         try:
             self._redigest()
         except UnsupportedError as error:
@@ -106,11 +111,11 @@ class WeightUpdate:
                 f"to where vLLM writes weights ({self._loader.stopped}); restart the engine"
             )
 
-    def _meet(self, what: str, step: int) -> None:
+    def _meet(self, what: str, step: int, patience: float) -> None:
         group = self._group
         name = f"update/{self._updates}/{step}/{what}"
         try:
-            meet(group.store, name, group.rank, group.ranks, PATIENCE)
+            meet(group.store, name, group.rank, group.ranks, patience)
         except MeetingError as error:
             then = {
                 "begin": "nothing was written; pause generation on all of them first",

@@ -364,10 +364,14 @@ class Worker:
         """Whether an update has begun and not ended."""
         return self._started and not self.refused and self._update.is_open
 
-    def end_update(self) -> None:
-        """The engine has written weights, on all ranks: prove them and balance on."""
+    def end_update(self, took: float = 0.0) -> None:
+        """The engine has written weights, on all ranks: prove them and balance on.
+
+        Args:
+            took: seconds that this rank has spent in the call that ends.
+        """
         if self._started and not self.refused:
-            self._update.end(self._step)
+            self._update.end(self._step, took)
 
     def close(self) -> None:
         """Remove what this rank owns and end what it started."""

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import time
 
 import pytest
 
@@ -10,6 +11,8 @@ class Log(list):
     """A worker class like vLLM's, and what was called, in order."""
 
     def __init__(self, fail=""):
+        self.took = []
+
         def method(name):
             def call(worker, *args):
                 self.append(name)
@@ -28,7 +31,7 @@ class Log(list):
             "finish_weight_update",
         ]
         self.worker = type("Worker", (), {name: method(name) for name in names})
-        follow_updates(self.worker, self.begin, lambda: self.append("end"), self.is_open)
+        follow_updates(self.worker, self.begin, self.end, self.is_open)
 
     def is_open(self):
         return self.count("begin") > self.count("end")
@@ -39,11 +42,25 @@ class Log(list):
         self.append("begin")
         return opened
 
+    def end(self, took):
+        self.append("end")
+        self.took.append(took)
+
 
 def test_a_reload_begins_and_ends():
     log = Log()
     assert log.worker().reload_weights("path") == ("path",)
     assert log == ["begin", "reload_weights", "end"]
+
+
+@pytest.mark.parametrize("name", ["reload_weights", "save_sharded_state"])
+def test_the_end_is_told_how_long_the_call_has_taken(name):
+    log = Log()
+    worker = type("Worker", (), {name: lambda self: time.sleep(0.05)})
+    follow_updates(worker, log.begin, log.end, log.is_open)
+    getattr(worker(), name)()
+    (took,) = log.took
+    assert 0.05 <= took < 5
 
 
 def test_an_update_begins_with_its_start_and_ends_with_its_finish():
@@ -72,7 +89,7 @@ def test_nothing_is_written_if_it_may_not_begin():
         raise RuntimeError("not now")
 
     worker = type("Worker", (), {"reload_weights": lambda self: log.append("written")})
-    follow_updates(worker, refuse, lambda: log.append("end"), log.is_open)
+    follow_updates(worker, refuse, log.end, log.is_open)
     with pytest.raises(RuntimeError, match="not now"):
         worker().reload_weights()
     assert log == []

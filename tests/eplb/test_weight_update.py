@@ -324,6 +324,24 @@ def test_a_rank_that_is_not_updated_refuses_it_to_the_others(moving, monkeypatch
     group.check(is_new=True)
 
 
+def test_a_rank_whose_write_took_long_is_waited_for_as_long_again(moving, monkeypatch):
+    monkeypatch.setattr(weight_update, "PATIENCE", 0.2)
+    group = moving()
+    group.move()
+
+    def one(rank):
+        group.workers[rank].begin_update()
+        begun = time.monotonic()
+        group.write(rank)
+        time.sleep(1.2 if rank else 0.7)
+        group.workers[rank].end_update(time.monotonic() - begun)
+
+    group.run(one)
+    assert not any(worker.is_updating for worker in group.workers)
+    group.move()
+    group.check(is_new=True)
+
+
 def test_weights_that_were_changed_unseen_are_not_moved_back(moving):
     group = moving()
     group.move()
