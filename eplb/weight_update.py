@@ -102,7 +102,9 @@ class WeightUpdate:
             self.is_open = False
         if not self._loader.stopped:
             self._loader.release()
-            log.info("EP rank %d: weights updated, balancing goes on", self._group.rank)
+            log.info(
+                "EP rank %d: weights were written or read, balancing goes on", self._group.rank
+            )
 
     def _check_not_stopped(self) -> None:
         if self._loader.stopped and not self._is_home():

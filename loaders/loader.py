@@ -218,7 +218,8 @@ class Loader:
             if self._inbox.drop_all() and not self._drops_said:
                 self._drops_said = True
                 log.warning(
-                    "EP rank %d drops the planner's rounds until the weights have been updated",
+                    "EP rank %d drops the planner's rounds until the engine has written or read "
+                    "weights",
                     self._rank,
                 )
             return self._checked(self._home[0]) if self._home else None

@@ -428,6 +428,6 @@ def test_rounds_that_an_update_drops_are_mentioned_once(cluster, caplog):
     for number in (1, 2):
         group.send(group.record(SWAP, plan=number, sequence=number))
         group.tick(20)
-    said = caplog.text.count("EP rank 1 drops the planner's rounds until the weights have been")
+    said = caplog.text.count("EP rank 1 drops the planner's rounds until the engine has")
     assert said == 1
     assert group.ranks[0].segment.status[Field.DROPPED_ROUND] == 2

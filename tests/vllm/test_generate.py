@@ -75,7 +75,7 @@ def test_tokens_are_the_same_with_an_expert_map_commits_and_a_reload(
     assert passes < len(ours.passes)
     assert ours.commits >= commits + 5, ours.log[-5000:]
     assert "experts are back where vLLM writes weights" in ours.log
-    assert "weights updated, balancing goes on" in ours.log
+    assert "weights were written or read, balancing goes on" in ours.log
     first, last = ours.checksums
     assert first == last  # whoever saves or sums up weights finds each expert where it was loaded
     assert len(first) == 2
