@@ -95,8 +95,6 @@ class Loader:
         self._active: Candidate | None = None
         self._begins_later = False
         self._active_since = 0
-        self._all_hang = False
-        self._idle_since = 0  # the step up to which the stager was free, or had a round
         self._step = 0
         self._transport_epoch = 0
         self.placement = engine.placement.copy()
@@ -211,7 +209,7 @@ class Loader:
     def _candidate(self) -> Candidate | None:
         """The round that this rank would start now, or after the commit of one that is staged."""
         self._status.show(Field.QUARANTINED_ROWS, self._stagers.quarantined)
-        self._replace_if_hung()
+        self._stagers.watch(self._step, self._timeout_steps, self._active is not None)
         if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
         if self._held:
@@ -234,25 +232,6 @@ class Loader:
             except RoundError as error:
                 self._inbox.refuse_head(str(error))
         return None
-
-    def _replace_if_hung(self) -> None:
-        """A look at an expert, or the first connections, must not hold up rounds for ever."""
-        if not self._stagers.busy or self._active is not None:
-            self._idle_since = self._step
-        elif self._step - self._idle_since >= self._timeout_steps:
-            replaced = self._stagers.give_up()
-            if replaced or not self._all_hang:
-                log.warning(
-                    "EP rank %d: its stager has been busy for %d steps without a round; %s",
-                    self._rank,
-                    self._step - self._idle_since,
-                    "another one takes its place"
-                    if replaced
-                    else "so many hang that no other is "
-                    "started, and no expert moves until one comes back",
-                )
-            self._all_hang = not replaced
-            self._idle_since = self._step
 
     def _following(self) -> Candidate | None:
         """The round after the staged one; if it is not good, that is said after the commit."""

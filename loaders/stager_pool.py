@@ -45,6 +45,8 @@ class StagerPool:
         self._taken: list[int] = []
         self._hung: list[_Hung] = []
         self._stager = make()
+        self._idle_since = 0  # the step up to which the stager was free, or had a round
+        self._all_hang = False
 
     @property
     def busy(self) -> bool:
@@ -103,6 +105,33 @@ class StagerPool:
         self._taken = []
         self._stager = self._make()
         return True
+
+    def watch(self, step: int, most: int, has_round: bool) -> None:
+        """Now and then: a look at an expert, or the first connections, must not hold up rounds for
+        ever.
+
+        Args:
+            step: that has come.
+            most: steps for which the stager may be busy without a round.
+            has_round: whether one is under way, whose steps the ranks count.
+        """
+        busy = step - self._idle_since
+        if not self._stager.busy or has_round:
+            self._idle_since = step
+        elif busy >= most:
+            replaced = self.give_up()
+            if replaced or not self._all_hang:
+                log.warning(
+                    "EP rank %d: its stager has been busy for %d steps without a round; %s",
+                    self._rank,
+                    busy,
+                    "another one takes its place"
+                    if replaced
+                    else "so many hang that no other is started, and no expert moves until one "
+                    "comes back",
+                )
+            self._all_hang = not replaced
+            self._idle_since = step
 
     def _take_back(self) -> None:
         for hung in [hung for hung in self._hung if not hung.stager.busy]:
