@@ -97,6 +97,7 @@ class PeerToPeer:
         self._group: Any = None
         self._epoch = self._spoilt = -1
         self._exchanges = 0
+        self._word = ""  # that this rank has come to the latest exchange
 
     def connect(self, epoch: int) -> None:
         """See `Transport`."""
@@ -105,7 +106,7 @@ class PeerToPeer:
         self.disconnect()
         if epoch == self._spoilt:  # what it left in the store leads nowhere
             raise RuntimeError("the first connections failed; the next round opens others")
-        self._exchanges = 0
+        self._exchanges, self._word = 0, ""
         self._spoilt = epoch
         store = dist.PrefixStore(f"transport/{epoch}", self._store)
         group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
@@ -133,9 +134,16 @@ class PeerToPeer:
                 _wait([self._in_one_batch(sent, received)])
 
     def _meet(self, moves: np.ndarray) -> None:
-        """Until every rank of the round has come this far; RuntimeError if one does not in time."""
+        """Until every rank of the round has come this far; RuntimeError if one does not in time.
+
+        The word of the exchange before has been read by then: without a commit on all ranks there
+        is another epoch.
+        """
         key = f"transport/{self._epoch}/exchange/{self._exchanges}"
         self._store.set(f"{key}/{self._rank}", "")
+        if self._word:
+            self._store.delete_key(self._word)
+        self._word = f"{key}/{self._rank}"
         ranks = np.union1d(moves["source_rank"], moves["rank"]).tolist()
         self._store.wait([f"{key}/{rank}" for rank in ranks], self._timeout)
 

@@ -1,6 +1,7 @@
 """What is done otherwise on an Ascend NPU, with stand-ins for torch_npu: no NPU was at hand."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,27 @@ def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
         named("isend", second),
         named("isend", first) + named("irecv", third),
     ]
+
+
+def test_what_ranks_have_met_by_does_not_pile_up_in_the_store():
+    moves = np.zeros(2, MOVE)
+    moves["source_rank"], moves["rank"] = [0, 1], [1, 0]
+    store = dist.HashStore()
+    transports = [PeerToPeer("hccl", store, rank, 2, 5.0) for rank in range(2)]
+    parcels = [Parcel(number, 0, 5, 1, [torch.zeros(1)]) for number in range(2)]
+    for transport in transports:
+        transport._group = Group()
+    for _ in range(3):
+        threads = [
+            threading.Thread(target=transport.exchange, args=(moves, parcels[:1], parcels[1:]))
+            for transport in transports
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [len(transport._group.batches) for transport in transports] == [3, 3]
+    assert store.num_keys() == 2
 
 
 @pytest.fixture
