@@ -135,14 +135,22 @@ class Group:
         Args:
             phase: as of `group_heat`; steps of another phase are left out, and dummy steps.
         """
+        while self._read_some():
+            for parts in self._matcher.take():
+                flags = {part.flags for part in parts}
+                self.unphased += 0 in flags and flags <= {0, FLAG_DUMMY}
+                if (heat := group_heat(parts, self.shape, phase)) is not None:
+                    yield heat
+
+    def _read_some(self) -> bool:
+        """Take the next records of each rank, not all: rings that are full are as large as memory
+        may be. Returns whether there were any."""
+        found = 0
         for number, rank in enumerate(self._counting):
-            while len((records := rank.heat.read()).steps):
-                self._matcher.add(number, records)
-        for parts in self._matcher.take():
-            flags = {part.flags for part in parts}
-            self.unphased += 0 in flags and flags <= {0, FLAG_DUMMY}
-            if (heat := group_heat(parts, self.shape, phase)) is not None:
-                yield heat
+            records = rank.heat.read()
+            self._matcher.add(number, records)
+            found += len(records.steps)
+        return found > 0
 
     def read_transfers(self) -> np.ndarray:
         """`chunk.RANK_TRANSFER` records of the rounds that have ended since the last call."""

@@ -4,8 +4,10 @@ import asyncio
 import logging
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -14,6 +16,7 @@ from planner_runs import SKEWED, planning, run, until
 
 from flash_eplb.ipc.flags import FLAG_DUMMY
 from flash_eplb.planners import engine_loop
+from flash_eplb.planners.group import Group
 
 
 def test_records_that_were_overwritten_are_counted_on_each_rank(session, caplog):
@@ -82,3 +85,20 @@ def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypa
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert not caplog.messages
+
+
+def test_full_rings_are_not_held_in_memory_at_once(session):
+    engine = FakeEngine(session, layers=16, ranks=4, counting=(0, 1, 2, 3), ring=1024)
+    for _ in range(1024):
+        engine.step(np.tile(SKEWED, (8, 1)))
+    group = Group.attach(session)
+    record = group.ranks[0].heat.read(1).heat.nbytes
+    group.ranks[0].heat.follow()
+    tracemalloc.start()
+    steps = sum(1 for _ in group.read_heat())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    group.close()
+    engine.close()
+    assert steps == 1024
+    assert peak < 4 * 1024 * record / 3
