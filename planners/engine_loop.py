@@ -179,6 +179,11 @@ class EngineLoop:
                 f"in {self._window.empty} steps that had tokens the engine has counted none for "
                 "any expert: do its MoE layers count them (vLLM: expert_load_pass)?"
             )
+        elif self._group.out_of_phase >= _HEATLESS_STEPS:
+            why = (
+                f"none of the engine's {self._group.out_of_phase} steps counts for "
+                f"EPLB_HEAT_PHASE={self._pace.heat_phase}; unset it to count all"
+            )
         elif behind >= max(_HEATLESS_STEPS, self._group.shape.ring_slots):
             why = (
                 f"EP rank {rank} has recorded no heat for {behind} steps of the other ranks; see "

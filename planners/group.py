@@ -26,7 +26,12 @@ class RankMissingError(SegmentAbsentError):
 
 
 class Group:
-    """The living ranks of one session. Make one with `attach`."""
+    """The living ranks of one session. Make one with `attach`.
+
+    Attributes:
+        unphased: steps read so far of which nobody knows the phase.
+        out_of_phase: steps of another phase than is asked for, as long as there was none of it.
+    """
 
     _trouble = ""
 
@@ -36,7 +41,8 @@ class Group:
         self.generation = ranks[0].generation
         every = self.shape.counts_own_slots
         self._counting = ranks if every else [ranks[rank] for rank in self.shape.counting]
-        self.unphased = 0
+        self.unphased = self.out_of_phase = 0
+        self._seen = False  # a step that counts
         self._matcher = StepMatcher(len(self._counting), self.shape.ring_slots)
 
     @classmethod
@@ -138,9 +144,13 @@ class Group:
         while self._read_some():
             for parts in self._matcher.take():
                 flags = {part.flags for part in parts}
-                self.unphased += 0 in flags and flags <= {0, FLAG_DUMMY}
+                is_phased = not flags <= {0, FLAG_DUMMY}
+                self.unphased += 0 in flags and not is_phased
                 if (heat := group_heat(parts, self.shape, phase)) is not None:
+                    self._seen, self.out_of_phase = True, 0
                     yield heat
+                elif is_phased and not self._seen:
+                    self.out_of_phase += parts[0].span
 
     def _read_some(self) -> bool:
         """Take the next records of each rank, not all: rings that are full are as large as memory

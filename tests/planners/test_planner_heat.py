@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
-from planner_runs import SKEWED, planning, run, until
+from planner_runs import PACE, SKEWED, planning, run, until
 
-from flash_eplb.ipc.flags import FLAG_DUMMY
+from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_DUMMY, FLAG_PREFILL
 from flash_eplb.planners import engine_loop
 from flash_eplb.planners.group import Group
 
@@ -85,6 +86,32 @@ def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypa
     with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
         run(scenario())
     assert not caplog.messages
+
+
+def test_an_engine_without_a_step_of_the_phase_is_complained_about_once(
+    session, engine, caplog, monkeypatch
+):
+    """As where prefill and decode have engines of their own."""
+    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    engine.flags = FLAG_DECODE
+
+    async def scenario():
+        async with planning(session, pace=replace(PACE, heat_phase="prefill")):
+            await until(engine, lambda: engine.steps >= 400)
+            engine.flags = FLAG_PREFILL
+            await until(engine, lambda: engine.epoch >= 1)
+            engine.flags = FLAG_DECODE  # for long, now and then
+            steps = engine.steps
+            await until(engine, lambda: engine.steps >= steps + 300)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    (said,) = caplog.messages
+    assert re.match(
+        r"nothing is planned: none of the engine's 1\d\d steps counts for EPLB_HEAT_PHASE=prefill; "
+        r"unset it to count all$",
+        said,
+    )
 
 
 def test_full_rings_are_not_held_in_memory_at_once(session):
