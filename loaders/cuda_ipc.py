@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from .staging import Stack, first_tensor, slot_views
-from .transport import Parcel, Transport, finish_stream
+from .transport import Parcel, Transport, come_once, finish_stream
 
 log = logging.getLogger("flash_eplb.loader")
 
@@ -145,6 +145,7 @@ class CudaIpc:
         self._store = store
         if store.check(["failed"]):
             raise RuntimeError(f"EP rank {store.get('failed').decode()} has left epoch {epoch}")
+        come_once(store, "came", self._rank)
         store.set(f"ready{self._rank}", "0")
         store.set(f"offer{self._rank}", msgspec.msgpack.encode(self._share()))
         self._meet("offer")

@@ -95,7 +95,7 @@ class PeerToPeer:
         self._ranks = ranks
         self._timeout = timedelta(seconds=timeout)
         self._group: Any = None
-        self._epoch = self._spoilt = -1
+        self._epoch = -1
         self._exchanges = 0
         self._word = ""  # that this rank has come to the latest exchange
 
@@ -104,10 +104,8 @@ class PeerToPeer:
         if epoch == self._epoch:
             return
         self.disconnect()
-        if epoch == self._spoilt:  # what it left in the store leads nowhere
-            raise RuntimeError("the first connections failed; the next round opens others")
+        come_once(self._store, f"transport/{epoch}/came", self._rank)
         self._exchanges, self._word = 0, ""
-        self._spoilt = epoch
         store = dist.PrefixStore(f"transport/{epoch}", self._store)
         group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
         group.barrier().wait()
@@ -185,6 +183,15 @@ class PeerToPeer:
                     tag = parcel.number * _MOST_TENSORS + offset
                     works.append(call([view], parcel.peer, tag))
         return works
+
+
+def come_once(store: dist.Store, name: str, rank: int) -> None:
+    """RuntimeError if `rank` has come to the epoch before: it failed, or its stager hangs there,
+    to which the others hold connections and of which the store tells what is past."""
+    if store.add(f"{name}/{rank}", 1) > 1:
+        raise RuntimeError(
+            "connections like these have failed, or hang here; the next round opens others"
+        )
 
 
 def finish_stream(device: torch.device) -> None:

@@ -119,6 +119,16 @@ ROUND = moves_of((1, (0, 1), (1, 0)), (0, (2, 0), (1, 1)), (1, (1, 0), (0, 1)))
 ARRIVED = [[110], [11, 200], []]
 
 
+def test_who_takes_the_place_of_one_that_hangs_opens_others_with_the_next_round():
+    """It has not counted the exchanges, so it would take an old word of a source for a new one."""
+    group = Group(timeout=1.0)
+    assert group.connect() == [None] * RANKS
+    group.transports[1] = group.transport(1)
+    with pytest.raises(RuntimeError, match="the next round opens others"):
+        group.transports[1].connect(0)
+    assert group.connect(1) == [None] * RANKS
+
+
 def test_experts_are_pulled_from_the_slots_of_their_sources():
     group = Group()
     assert group.connect() == [None] * RANKS

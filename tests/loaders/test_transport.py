@@ -1,6 +1,7 @@
 """Transports between ranks in threads: torch's own, and an engine's communicators."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +119,19 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_timeout():
     transport = PeerToPeer("gloo", dist.HashStore(), 0, 2, timeout=0.3)
     with pytest.raises(RuntimeError):
         transport.connect(0)
+
+
+def test_who_takes_the_place_of_one_that_hangs_does_not_wait_for_connections_it_cannot_get():
+    """The others hold theirs to the one before; gloo would take five times the timeout."""
+    store = dist.HashStore()
+    before = connected(store, timeout=1.0)
+    follower = PeerToPeer("gloo", store.clone(), 1, RANKS, 1.0)
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="the next round opens others"):
+        follower.connect(0)
+    assert time.monotonic() - begun < 0.9
+    found = in_ranks(lambda rank: [before[0], follower, before[2]][rank].connect(1))
+    assert found == [None] * RANKS
 
 
 class Communicator:
