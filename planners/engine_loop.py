@@ -106,7 +106,7 @@ class EngineLoop:
         self._stopped = False
         self._unphased = False
         self._heatless = False
-        self._full = False
+        self._full = self._held = False
         self._threadless = False
         self._placement = np.zeros(0)
         log.info(
@@ -212,7 +212,19 @@ class EngineLoop:
     def _is_due(self) -> bool:
         if self._has_stopped() or self._epoch < 0 or self._window.count < self._next_plan:
             return False
-        return self._has_rows()
+        return not self._is_held() and self._has_rows()
+
+    def _is_held(self) -> bool:
+        """Whether ranks would drop a plan; says so once."""
+        held = self._group.held()
+        if held and not self._held:
+            log.info(
+                "EP ranks %s hold their experts while weights are written or read, or since that "
+                "failed, as their log says; nothing is planned until they go on",
+                held,
+            )
+        self._held = bool(held)
+        return self._held
 
     def _has_stopped(self) -> bool:
         """Whether ranks balance no more, be there heat and a placement or not; says so once."""

@@ -84,9 +84,14 @@ class Group:
 
     def stopped(self) -> list[int]:
         """The EP ranks that have stopped balancing."""
-        return [
-            rank.header.rank for rank in self.ranks if rank.status[Field.STATE] == State.STOPPED
-        ]
+        return self._in_state(State.STOPPED)
+
+    def held(self) -> list[int]:
+        """The EP ranks that drop whatever is planned until weights have been written or read."""
+        return self._in_state(State.HELD)
+
+    def _in_state(self, state: State) -> list[int]:
+        return [rank.header.rank for rank in self.ranks if rank.status[Field.STATE] == state]
 
     def committed(self) -> tuple[int, np.ndarray] | None:
         """(epoch, int32 [layers, ranks, slots]) if all ranks show the same and it is valid."""

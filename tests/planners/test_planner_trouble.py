@@ -143,6 +143,26 @@ def test_ranks_that_have_stopped_get_no_plan_and_one_error_says_so(session, engi
     assert engine.epoch == 0
 
 
+def test_ranks_that_hold_their_experts_get_no_plan_and_one_line_says_so(session, engine, caplog):
+    """They would drop it: an update of the weights is under way, or one has failed."""
+    for rank in engine.ranks:
+        rank.status[Field.STATE] = State.HELD
+    engine.refuse = True
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.steps >= 200)
+            engine.refuse = False
+            for rank in engine.ranks:
+                rank.status[Field.STATE] = State.IDLE
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.INFO, "flash_eplb.planner"):
+        run(scenario())
+    assert "given up" not in caplog.text
+    assert caplog.text.count("EP ranks [0, 1] hold their experts while weights are written") == 1
+
+
 def test_ranks_that_stop_before_they_have_begun_a_plan_are_not_waited_for(
     session, engine, caplog, monkeypatch
 ):
