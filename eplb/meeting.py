@@ -48,3 +48,12 @@ def meet(store: dist.Store, name: str, rank: int, ranks: int, patience: float) -
     found = store.get(decision).decode()
     if found != _MET:
         raise MeetingError(found)
+
+
+def forget(store: dist.Store, name: str, ranks: int) -> None:
+    """Remove what a meeting has left in the store; one rank calls it, when all have left it."""
+    attempts = f"{name}/attempts"
+    for attempt in range(store.add(attempts, 0) + 1):
+        for key in ("decision", "count", *(f"rank{rank}" for rank in range(ranks))):
+            store.delete_key(f"{name}/{attempt}/{key}")
+    store.delete_key(attempts)

@@ -18,7 +18,7 @@ from ..loaders.inbox import HOME
 from ..loaders.loader import Loader
 from ..planners.plan import make_plan
 from .group import Group, UnsupportedError
-from .meeting import MeetingError, meet
+from .meeting import MeetingError, forget, meet
 
 log = logging.getLogger("flash_eplb.worker")
 
@@ -54,6 +54,7 @@ class WeightUpdate:
         self._vote_steps = vote_steps
         self._timeout = timeout
         self._updates = 0
+        self._met = ""
         self._deadline = 0.0
         self.is_open = False
 
@@ -127,6 +128,9 @@ class WeightUpdate:
                 f"flash_eplb needs all EP ranks at the same step to update or save weights: "
                 f"{error}; {then}"
             ) from error
+        if self._met and group.rank == 0:  # who has come here has left the meeting before
+            forget(group.store, self._met, group.ranks)
+        self._met = name
 
     def _bring_home(self) -> None:
         loader = self._loader

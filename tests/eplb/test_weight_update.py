@@ -342,6 +342,16 @@ def test_a_rank_whose_write_took_long_is_waited_for_as_long_again(moving, monkey
     group.check(is_new=True)
 
 
+def test_what_the_ranks_have_met_by_does_not_pile_up_in_the_store(moving):
+    group = moving()
+    group.update()
+    keys = group.workers[0]._group.store.num_keys()
+    for _ in range(3):
+        group.step(2)
+        group.update()
+    assert group.workers[0]._group.store.num_keys() == keys
+
+
 def test_weights_that_were_changed_unseen_are_not_moved_back(moving):
     group = moving()
     group.move()
