@@ -72,20 +72,11 @@ class FlashUpdator:
 
     def warm_up_eplb(self) -> None:
         """Once the layers are there, on all ranks: agree to balance them, or not to."""
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
-
-        from ..ipc.rank_segment import warmup
-        from ..loaders.ascend_engine import AscendEngine
-        from .worker import Worker
-
         coordinator = self.comm_group  # type: ignore[attr-defined]
-        adaptor = self.adaptor  # type: ignore[attr-defined]
-        engines: list[AscendEngine] = []
-        reason = unsupported_layers(adaptor)
+        worker, reason = None, ""
         try:
-            if not reason:
-                warmup()
-                engines.append(AscendEngine(adaptor, coordinator.rank_in_group))
+            reason = unsupported_layers(self.adaptor)  # type: ignore[attr-defined]
+            worker = None if reason else self._worker_of(coordinator)
         except Exception as error:
             log.exception("flash_eplb does not fit the layers of this rank")
             reason = f"{type(error).__name__}: {error}"
@@ -95,10 +86,22 @@ class FlashUpdator:
                 "flash_eplb does not balance: %s; vLLM-Ascend serves on, unbalanced", self.inert
             )
             return
+        self.worker = worker
+
+    def _worker_of(self, coordinator: Any) -> Worker:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+
+        from ..ipc.rank_segment import warmup
+        from ..loaders.ascend_engine import AscendEngine
+        from .worker import Worker
+
+        warmup()
+        adaptor = self.adaptor  # type: ignore[attr-defined]
+        engine = AscendEngine(adaptor, coordinator.rank_in_group)
         group = balanced.group_of(coordinator, get_tensor_model_parallel_world_size())
         models = [("model", len(adaptor.moe_layers))]
         experts = adaptor.moe_layers[0].global_expert_map.shape[1]
-        self.worker = Worker(self.config, group, engines[0], models, experts)
+        return Worker(self.config, group, engine, models, experts)
 
     def forward_before(self) -> None:
         """A forward pass is about to run."""

@@ -97,12 +97,11 @@ class FlashState:
     def _make_worker(self, is_dummy: bool) -> None:
         states = list(self.model_states.values())
         coordinator = get_ep_group()
-        ranks = coordinator.world_size
         self._agreed = True
-        engine, mine = None, self.inert
+        worker, mine = None, self.inert
         try:
-            mine = mine or self._unsupported(states, ranks)
-            engine = None if mine else self._make_engine(states, coordinator)
+            mine = mine or self._unsupported(states, coordinator.world_size)
+            worker = None if mine else self._worker_of(states, coordinator)
         except Exception as error:  # it is our question, and the engine serves on without us
             log.exception("flash_eplb does not fit the models of this rank")
             mine = f"{type(error).__name__}: {error}"
@@ -110,19 +109,21 @@ class FlashState:
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
+        self.worker = worker
+        if worker is not None and not is_dummy:
+            worker.forward(0)  # the pass that this first step ends
+
+    def _worker_of(self, states: list[Any], coordinator: Any) -> Worker:
         from .scales import scales_of
         from .worker import Worker
 
-        assert engine is not None
+        ranks = coordinator.world_size
+        engine = self._make_engine(states, coordinator)
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
         unsupported = functools.partial(self._unsupported, states, ranks)
         scales = functools.partial(scales_of, states, ranks)
-        self.worker = Worker(
-            self.config, group, engine, engine.models, experts, unsupported, scales
-        )
-        if not is_dummy:
-            self.worker.forward(0)  # the pass that this first step ends
+        return Worker(self.config, group, engine, engine.models, experts, unsupported, scales)
 
     def _unsupported(self, states: list[Any], ranks: int) -> str:
         return unsupported_model(states, ranks)

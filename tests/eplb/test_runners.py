@@ -212,3 +212,16 @@ def test_a_model_that_we_cannot_look_at_is_served_unbalanced(unmade, question, c
     assert unmade.made == []
     assert unmade.inert == "ZeroDivisionError: division by zero"
     assert "does not balance: ZeroDivisionError: division by zero; vLLM serves on" in caplog.text
+
+
+def test_a_worker_that_cannot_be_made_ends_no_step(unmade, monkeypatch, caplog):
+    """As where the disk on which kernels are kept is full: the first import of them fails."""
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("flash_eplb.eplb.worker.Worker", fail)
+    unmade.step()
+    assert unmade.worker is None
+    assert unmade.inert == "OSError: No space left on device"
+    assert "does not balance: OSError: No space left on device; vLLM serves on" in caplog.text
