@@ -189,6 +189,11 @@ class EngineLoop:
                 f"EP rank {rank} has recorded no heat for {behind} steps of the other ranks; see "
                 "its log"
             )
+        elif self._group.unfit() >= _HEATLESS_STEPS:
+            why = (
+                f"the ranks' records of the last {self._group.unfit()} steps do not fit together "
+                "(`eplb status` tells where heat is merged): raise EPLB_RING_STEPS"
+            )
         if why and not self._heatless:
             log.warning("nothing is planned: %s", why)
         self._heatless = bool(why)

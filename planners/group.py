@@ -140,6 +140,10 @@ class Group:
         number, steps = self._matcher.behind()
         return self._counting[number].header.rank, steps
 
+    def unfit(self) -> int:
+        """Steps that all ranks have recorded since the last of which their records fit together."""
+        return self._matcher.unfit()
+
     def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.
 

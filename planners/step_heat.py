@@ -75,7 +75,7 @@ class StepMatcher:
     def __init__(self, ranks: int, most: int):
         self._waiting: list[deque[Part]] = [deque(maxlen=most) for _ in range(ranks)]
         self._ends: list[int] = []
-        self._done = -1
+        self._done = self._matched = -1
         self.unmatched = 0
 
     def add(self, rank: int, records: HeatRecords) -> None:
@@ -86,7 +86,9 @@ class StepMatcher:
         for fields in zip(*cells, strict=True):
             self._waiting[rank].append(Part(*fields))
         if len(records.steps):
-            self._ends = self._ends or [int(records.steps[0])] * len(self._waiting)
+            if not self._ends:
+                self._matched = int(records.steps[0])
+                self._ends = [self._matched] * len(self._waiting)
             self._ends[rank] = int(records.steps[-1])
 
     def behind(self) -> tuple[int, int]:
@@ -95,6 +97,10 @@ class StepMatcher:
             return 0, 0
         oldest = min(self._ends)
         return self._ends.index(oldest), max(self._ends) - oldest
+
+    def unfit(self) -> int:
+        """Steps that all ranks have recorded since the last of which their records fit together."""
+        return min(self._ends) - self._matched if self._ends else 0
 
     def take(self) -> Iterator[list[Part]]:
         """One part per rank, all of the same steps and epoch; oldest first."""
@@ -108,6 +114,7 @@ class StepMatcher:
                 self.unmatched += (start if matched else end) - self._done
             self._done = end
             if matched:
+                self._matched = end
                 yield whole
 
     def _common_end(self) -> int | None:

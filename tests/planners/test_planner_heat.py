@@ -114,6 +114,35 @@ def test_an_engine_without_a_step_of_the_phase_is_complained_about_once(
     )
 
 
+def test_ranks_whose_records_never_fit_together_are_complained_about_once(
+    session, caplog, monkeypatch
+):
+    """A device that is further behind its host than the ring holds sums up what others lack."""
+    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    engine = FakeEngine(session, counting=(0, 1), ring=8)
+    push = engine.ranks[1].heat.push
+
+    def late(step, *fields):
+        if not step % 12:
+            push(step, *fields, 12)
+
+    async def scenario():
+        async with planning(session):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(engine.ranks[1].heat, "push", late)
+                await until(engine, lambda: engine.steps >= 400)
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    engine.close()
+    (said,) = [text for text in caplog.messages if "overwritten before" not in text]
+    assert re.match(
+        r"nothing is planned: the ranks' records of the last 1\d\d steps do not fit together ",
+        said,
+    )
+
+
 def test_full_rings_are_not_held_in_memory_at_once(session):
     engine = FakeEngine(session, layers=16, ranks=4, counting=(0, 1, 2, 3), ring=1024)
     for _ in range(1024):
