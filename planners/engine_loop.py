@@ -19,6 +19,7 @@ from .episodes import EpisodeWindow
 from .expert_map import ExpertMap, SavedPlacement
 from .group import Group
 from .guard import Guard, Proposal
+from .heat_watch import HeatWatch
 from .initial import InitialPlacement
 from .policy import Policy
 from .recorder import NoRecorder
@@ -27,7 +28,6 @@ from .step_heat import StepHeat
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
-_HEATLESS_STEPS = 1000
 LONG_PLAN = 60.0
 """Seconds after which a policy that still plans is reported."""
 
@@ -90,6 +90,7 @@ class EngineLoop:
         self._window = EpisodeWindow(
             shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
         )
+        self._heat_watch = HeatWatch(group, self._window, pace.window_episodes, pace.heat_phase)
         self._delivery: Delivery | None = None
         self._planning: Future[Proposal | None] | None = None
         self._planning_seconds = 0.0
@@ -100,12 +101,8 @@ class EngineLoop:
         self._next_plan = pace.min_episodes
         self._epoch = -1
         self._resumed = False
-        self._lost = 0
-        self._next_report = 0
         self._quiet_until = 0.0
         self._stopped = False
-        self._unphased = False
-        self._heatless = False
         self._full = self._held = False
         self._threadless = False
         self._placement = np.zeros(0)
@@ -123,10 +120,8 @@ class EngineLoop:
         """Once per bell: take the heat, follow the plan under way, or begin the next one."""
         steps = list(self._group.read_heat(self._pace.heat_phase))
         if not self._resumed:
-            self._lost = self._group.lost  # overwritten while this planner was coming
+            self._heat_watch.forgive()  # what was overwritten while this planner was coming
         self._recorder.lost(self._group.lost)
-        self._report_losses()
-        self._report_phases()
         if self._delivery is not None:
             self._follow_delivery(self._delivery)
         elif self._epoch < 0 or any(step.epoch > self._epoch for step in steps):
@@ -134,7 +129,7 @@ class EngineLoop:
         for step in steps:
             self._recorder.step(step)
             self._window.add(step)
-        self._report_no_heat()
+        self._heat_watch.look()
         self._recorder.transfers(self._group.read_transfers())
         if self._planning is not None:
             if self._planning.done():
@@ -149,54 +144,6 @@ class EngineLoop:
                 )
         elif self._delivery is None and self._is_due():
             self._begin_plan()
-
-    def _report_losses(self) -> None:
-        if self._group.lost > self._lost and self._window.count >= self._next_report:
-            log.warning(
-                "%d records of heat, one for each step of a rank, were overwritten before they "
-                "were read; raise EPLB_RING_STEPS",
-                self._group.lost - self._lost,
-            )
-            self._lost = self._group.lost
-            self._next_report = self._window.count + self._pace.window_episodes
-
-    def _report_phases(self) -> None:
-        """Once, that EPLB_HEAT_PHASE leaves out steps of which nobody knows the phase."""
-        if self._pace.heat_phase != "all" and self._group.unphased and not self._unphased:
-            self._unphased = True
-            log.warning(
-                "the engine does not say which steps are prefill and which are decode: with "
-                "EPLB_HEAT_PHASE=%s such steps do not count; unset it to count all",
-                self._pace.heat_phase,
-            )
-
-    def _report_no_heat(self) -> None:
-        """Once, until there is some, that an engine that runs gives nothing to plan on."""
-        rank, behind = self._group.behind()
-        why = ""
-        if self._window.empty >= _HEATLESS_STEPS:
-            why = (
-                f"in {self._window.empty} steps that had tokens the engine has counted none for "
-                "any expert: do its MoE layers count them (vLLM: expert_load_pass)?"
-            )
-        elif self._group.out_of_phase >= _HEATLESS_STEPS:
-            why = (
-                f"none of the engine's {self._group.out_of_phase} steps counts for "
-                f"EPLB_HEAT_PHASE={self._pace.heat_phase}; unset it to count all"
-            )
-        elif behind >= max(_HEATLESS_STEPS, self._group.shape.ring_slots):
-            why = (
-                f"EP rank {rank} has recorded no heat for {behind} steps of the other ranks; see "
-                "its log"
-            )
-        elif self._group.unfit() >= _HEATLESS_STEPS:
-            why = (
-                f"the ranks' records of the last {self._group.unfit()} steps do not fit together "
-                "(`eplb status` tells where heat is merged): raise EPLB_RING_STEPS"
-            )
-        if why and not self._heatless:
-            log.warning("nothing is planned: %s", why)
-        self._heatless = bool(why)
 
     def _read_boards(self) -> None:
         board = self._group.committed()

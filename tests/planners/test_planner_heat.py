@@ -16,7 +16,7 @@ from fake_engine import FakeEngine
 from planner_runs import PACE, SKEWED, planning, run, until
 
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_DUMMY, FLAG_PREFILL
-from flash_eplb.planners import engine_loop
+from flash_eplb.planners import heat_watch
 from flash_eplb.planners.group import Group
 
 
@@ -56,7 +56,7 @@ def test_records_that_were_overwritten_are_counted_on_each_rank(session, caplog)
 def test_an_engine_that_runs_and_gives_no_heat_is_complained_about_once(
     session, caplog, monkeypatch, silent, why
 ):
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    monkeypatch.setattr(heat_watch, "_HEATLESS_STEPS", 100)
     engine = FakeEngine(session, counting=(0, 1))
 
     async def scenario():
@@ -76,7 +76,7 @@ def test_an_engine_that_runs_and_gives_no_heat_is_complained_about_once(
 
 
 def test_dummy_steps_are_no_reason_to_complain(session, engine, caplog, monkeypatch):
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    monkeypatch.setattr(heat_watch, "_HEATLESS_STEPS", 100)
     engine.flags = FLAG_DUMMY
 
     async def scenario():
@@ -92,7 +92,7 @@ def test_an_engine_without_a_step_of_the_phase_is_complained_about_once(
     session, engine, caplog, monkeypatch
 ):
     """As where prefill and decode have engines of their own."""
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    monkeypatch.setattr(heat_watch, "_HEATLESS_STEPS", 100)
     engine.flags = FLAG_DECODE
 
     async def scenario():
@@ -118,7 +118,7 @@ def test_ranks_whose_records_never_fit_together_are_complained_about_once(
     session, caplog, monkeypatch
 ):
     """A device that is further behind its host than the ring holds sums up what others lack."""
-    monkeypatch.setattr(engine_loop, "_HEATLESS_STEPS", 100)
+    monkeypatch.setattr(heat_watch, "_HEATLESS_STEPS", 100)
     engine = FakeEngine(session, counting=(0, 1), ring=8)
     push = engine.ranks[1].heat.push
 
