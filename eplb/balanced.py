@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .group import Group
+from .hooks import call_before
 from .meeting import MeetingError, meet
+from .runners import state_of
 from .updates import follow_updates
+
+if TYPE_CHECKING:
+    from .worker import Worker
 
 PATIENCE = 60.0
 """Seconds that a rank which begins to load its model waits for the others to do so."""
@@ -20,43 +27,62 @@ class Balanced(Protocol):
     worker: Any
 
 
-_balanced: list[Balanced] = []
+_balanced: list[weakref.ref[Balanced]] = []
+"""All that were made: who has been one of them is known, and none is kept by it."""
 
 
 def add(state: Balanced) -> None:
     """`state` has been made in this process, which therefore runs a rank."""
-    _balanced.append(state)
+    _balanced.append(weakref.ref(state))
 
 
 def is_worker() -> bool:
-    """Whether this process runs a rank."""
+    """Whether this process runs a rank, or has run one."""
     return bool(_balanced)
+
+
+def _workers() -> Iterator[Worker]:
+    """Of this process."""
+    for reference in _balanced:
+        state = reference()
+        if state is not None and state.worker is not None:
+            yield state.worker
 
 
 def begin_update() -> bool:
     """See `Worker.begin_update`: of all workers of this process."""
     opened = False
-    for state in _balanced:
-        if state.worker is not None:
-            opened |= state.worker.begin_update()
+    for worker in _workers():
+        opened |= worker.begin_update()
     return opened
 
 
 def end_update(took: float) -> None:
     """See `Worker.end_update`: of all workers of this process."""
-    for state in _balanced:
-        if state.worker is not None:
-            state.worker.end_update(took)
+    for worker in _workers():
+        worker.end_update(took)
 
 
 def is_updating() -> bool:
     """Whether the weights of any worker of this process are being updated."""
-    return any(state.worker is not None and state.worker.is_updating for state in _balanced)
+    return any(worker.is_updating for worker in _workers())
+
+
+def release(engine_worker: Any) -> None:
+    """An engine's worker ends, and maybe not its process: what we hold of it (its weights, the
+    session) is free for another engine."""
+    state = state_of(getattr(engine_worker, "model_runner", None))
+    worker = getattr(state, "worker", None)
+    if worker is not None:
+        worker.close()
+        state.worker = None
 
 
 def follow_worker(worker_class: type) -> None:
-    """Let vLLM's worker tell all workers of this process of updates of the weights."""
+    """Let vLLM's worker tell all workers of this process of updates of the weights, and ours of its
+    end."""
     follow_updates(worker_class, begin_update, end_update, is_updating)
+    call_before(worker_class, "shutdown", release)
 
 
 def where_we_are_not() -> str:

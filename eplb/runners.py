@@ -48,14 +48,17 @@ def follow_warm_up(worker_class: type) -> None:
 
     def wrap(original: Method) -> Method:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            runner = self.model_runner
-            owner = getattr(runner, "eplb_state", None) or getattr(runner, "eplb_updator", None)
-            with Flag(owner, "warming"):
+            with Flag(state_of(self.model_runner), "warming"):
                 return original(self, *args, **kwargs)
 
         return method
 
     wrap_once(worker_class, "compile_or_warm_up_model", wrap)
+
+
+def state_of(runner: Any) -> Any:
+    """The EPLB state of a model runner, or vLLM-Ascend's updator; None if it has none."""
+    return getattr(runner, "eplb_state", None) or getattr(runner, "eplb_updator", None)
 
 
 class Flag:

@@ -103,6 +103,7 @@ class Worker:
         self._stagers: StagerPool | None = None
         self._bell: Doorbell | None = None
         self._watch: PlannerWatch | None = None
+        self._at_exit: Finalize | None = None
 
     @property
     def epoch(self) -> int:
@@ -190,7 +191,7 @@ class Worker:
             prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
             self._group.store = dist.PrefixStore(prefix, self._group.store)
             self._reference = take_reference(self._group, self._engine, self._shape.experts)
-            Finalize(None, self.close, exitpriority=100)
+            self._at_exit = Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
             self._group.together(lambda: self._find_peers(generation))
@@ -375,6 +376,9 @@ class Worker:
 
     def close(self) -> None:
         """Remove what this rank owns and end what it started."""
+        if self._at_exit is not None:
+            self._at_exit.cancel()  # it holds us, and we the weights
+            self._at_exit = None
         if self._watch is not None:
             self._watch.close()
             self._watch = None

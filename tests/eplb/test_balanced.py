@@ -4,7 +4,10 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from flash_eplb.eplb import balanced
@@ -101,3 +104,39 @@ def test_what_fails_while_we_ask_is_a_reason_and_ends_no_load(monkeypatch, caplo
     assert "flash_eplb does not fit this vLLM" in caplog.text
     assert vllm_state._why_not(lambda config: "a mode", None) == "a mode"
     assert vllm_state._why_not(lambda config: "", None) == "EP ranks [1] in vain"
+
+
+@pytest.mark.parametrize("owner", ["eplb_state", "eplb_updator"])
+def test_an_engine_that_ends_in_a_process_that_goes_on_is_let_go(monkeypatch, owner):
+    class State:
+        worker = None
+
+    class Worker:
+        closed = False
+        is_updating = True
+
+        def close(self):
+            self.closed = True
+
+    class EngineWorker:
+        def __init__(self, state):
+            self.model_runner = SimpleNamespace(**{owner: state})
+
+        def shutdown(self):
+            self.model_runner = None
+
+    monkeypatch.setattr(balanced, "_balanced", [])
+    balanced.follow_worker(EngineWorker)
+    state, ours = State(), Worker()
+    state.worker = ours
+    balanced.add(state)
+    engine = EngineWorker(state)
+    assert balanced.is_updating()
+    engine.shutdown()
+    assert ours.closed
+    assert not balanced.is_updating()
+    assert balanced.is_worker()  # its main process removes what the killed leave, not a rank
+    kept = weakref.ref(state)
+    del state
+    assert kept() is None
+    engine.shutdown()  # as vLLM's destructors may do again

@@ -1,8 +1,10 @@
 import functools
+import gc
 import os
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -225,6 +227,25 @@ def test_a_worker_that_is_closed_holds_no_segment_open(workers):
     group.close()
     assert all(peer.segment._probe_fd is None for peer in peers)
     assert all(peer.segment._lock_fd is None for peer in peers)
+
+
+def test_a_worker_that_is_closed_keeps_no_weights_and_leaves_the_session_to_another(
+    workers, session
+):
+    group = workers()
+    group.step()
+    group.close()
+    kept = [weakref.ref(engine) for engine in group.engines]
+    group.engines.clear()
+    group.workers.clear()
+    deadline = time.monotonic() + 10
+    while any(engine() for engine in kept):  # the stagers' threads end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        gc.collect()
+    another = workers()
+    another.step()
+    assert [worker.refused for worker in another.workers] == ["", ""]
 
 
 def test_the_phase_of_a_step_is_recorded(workers, session):
