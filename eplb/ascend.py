@@ -152,11 +152,7 @@ def hook_runner_v1(config: Config) -> None:
         return
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        try:
-            reason = unsupported_group(*_configs()) or balanced.where_we_are_not()
-        except Exception as error:
-            reason = f"its settings cannot be read ({type(error).__name__}: {error})"
-        if reason:
+        if reason := balanced.why_not(lambda: unsupported_group(*_configs())):
             log.error(
                 "flash_eplb does not balance: %s; vLLM-Ascend's own balancer stays in charge",
                 reason,

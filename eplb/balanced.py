@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from .updates import follow_updates
 
 if TYPE_CHECKING:
     from .worker import Worker
+
+log = logging.getLogger("flash_eplb.worker")
 
 PATIENCE = 60.0
 """Seconds that a rank which begins to load its model waits for the others to do so."""
@@ -83,6 +86,19 @@ def follow_worker(worker_class: type) -> None:
     end."""
     follow_updates(worker_class, begin_update, end_update, is_updating)
     call_before(worker_class, "shutdown", release)
+
+
+def why_not(reason: Callable[..., str], *args: Any, **kwargs: Any) -> str:
+    """Why a state that is being made is not to be ours: what `reason` says of the arguments, or
+    that some ranks are without us; "" if it is.
+
+    What fails while we ask is a reason too: a model is being loaded, which must not fail by us.
+    """
+    try:
+        return reason(*args, **kwargs) or where_we_are_not()
+    except Exception as error:
+        log.exception("flash_eplb does not fit this vLLM")
+        return f"{type(error).__name__}: {error}"
 
 
 def where_we_are_not() -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +175,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
         is_ascend = ascend_v2.is_state(cls)
         if cls is not EplbState and not is_ascend:
             return object.__new__(cls)
-        if reason := _why_not(ascend_v2.reason if is_ascend else _reason, *args, **kwargs):
+        if reason := balanced.why_not(ascend_v2.reason if is_ascend else _reason, *args, **kwargs):
             log.error("flash_eplb does not balance: %s; vLLM serves on without it", reason)
             return object.__new__(cls)
         ours = ascend_v2.state_class(cls) if is_ascend else FlashEplbState  # type: ignore[arg-type]
@@ -218,18 +217,6 @@ def _warn_where_eplb_is_off() -> None:
         return made
 
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
-
-
-def _why_not(reason: Callable[..., str], *args: Any, **kwargs: Any) -> str:
-    """Why a state that is being made is not to be ours; "" if it is.
-
-    What fails while we ask is a reason too: vLLM is loading its model and must not fail by us.
-    """
-    try:
-        return reason(*args, **kwargs) or balanced.where_we_are_not()
-    except Exception as error:
-        log.exception("flash_eplb does not fit this vLLM")
-        return f"{type(error).__name__}: {error}"
 
 
 def _reason(*args: Any, **kwargs: Any) -> str:

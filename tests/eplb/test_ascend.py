@@ -89,14 +89,18 @@ def test_ranks_without_us_leave_upstream_in_charge_here_too(module, monkeypatch,
     assert "EP ranks [1] have not come; vLLM-Ascend's own balancer" in caplog.text
 
 
-def test_settings_that_cannot_be_read_leave_upstream_in_charge(module, monkeypatch, caplog):
-    def fail():
-        raise RuntimeError("Ascend config is not initialized")
+@pytest.mark.parametrize("place", [(ascend, "_configs"), (balanced, "where_we_are_not")])
+def test_what_fails_while_we_ask_leaves_upstream_in_charge(module, monkeypatch, caplog, place):
+    """The settings, or the meeting of the ranks: each is named as what it is."""
 
-    monkeypatch.setattr(ascend, "_configs", fail)
+    def fail():
+        raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(*place, fail)
     ascend.hook_runner_v1(Config())
     assert type(make(module)) is module.EplbUpdator
-    assert "cannot be read (RuntimeError: Ascend config is not initialized)" in caplog.text
+    assert "does not balance: RuntimeError: connection reset by peer; vLLM-Ascend" in caplog.text
+    assert "Traceback" in caplog.text
 
 
 def test_a_worker_is_made_even_if_the_hook_fails(monkeypatch, caplog):

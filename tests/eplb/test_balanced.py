@@ -93,17 +93,15 @@ def test_where_there_is_no_group_of_experts_nobody_is_waited_for(monkeypatch):
 
 
 def test_what_fails_while_we_ask_is_a_reason_and_ends_no_load(monkeypatch, caplog):
-    from flash_eplb.eplb import vllm_state
-
     def fail(config):
         raise UnicodeDecodeError("utf-8", b"\x7fELF\xff", 4, 5, "invalid start byte")
 
     monkeypatch.setattr(logging.getLogger("flash_eplb"), "propagate", True)
     monkeypatch.setattr(balanced, "where_we_are_not", lambda: "EP ranks [1] in vain")
-    assert vllm_state._why_not(fail, None).startswith("UnicodeDecodeError: ")
+    assert balanced.why_not(fail, None).startswith("UnicodeDecodeError: ")
     assert "flash_eplb does not fit this vLLM" in caplog.text
-    assert vllm_state._why_not(lambda config: "a mode", None) == "a mode"
-    assert vllm_state._why_not(lambda config: "", None) == "EP ranks [1] in vain"
+    assert balanced.why_not(lambda config: "a mode", None) == "a mode"
+    assert balanced.why_not(lambda config: "", None) == "EP ranks [1] in vain"
 
 
 @pytest.mark.parametrize("owner", ["eplb_state", "eplb_updator"])
