@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import balanced
 from .ascend import WORKER, unsupported_group
 from .runners import follow_runner_v2, follow_warm_up
-from .support import unsupported_use
+from .support import unsupported_model, unsupported_use
 
 if TYPE_CHECKING:
     from ..loaders.ascend_engine import AscendV2Engine
@@ -62,7 +62,7 @@ class AscendState:
     """Else its controller would let its policy decide which steps are counted."""
 
     def _unsupported(self, states: list[Any], ranks: int) -> str:
-        return super()._unsupported(states, ranks) or unrouted(states)  # type: ignore[misc]
+        return unsupported_model(states, ranks) or unrouted(states)
 
     def _make_engine(self, states: list[Any], coordinator: Any) -> AscendV2Engine:
         from ..loaders.ascend_engine import AscendV2Engine

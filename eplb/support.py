@@ -146,6 +146,26 @@ def unsupported_model(states: list[Any], ranks: int) -> str:
     return ""
 
 
+def divided_batch(states: list[Any]) -> str:
+    """Which registered model lets each tensor-parallel rank run tokens of its own through the
+    experts, in a sentence; "" if none. They are counted as copies of the first one's."""
+    for state in states:
+        for part in getattr(state.model, "modules", list)():
+            layer = getattr(part, "moe_config", None)
+            says = (
+                getattr(part, "use_sequence_parallel", False),
+                getattr(layer, "is_sequence_parallel", False),
+            )
+            if True in says:  # a method of such a name says nothing
+                return (
+                    f"{state.model_name}: sequence parallelism in {type(part).__name__} (each "
+                    "tensor-parallel rank runs tokens of its own through the experts, as MegaMoE "
+                    "backends ask for): what a rank counts then is not settled; use "
+                    "data_parallel_size in place of tensor_parallel_size, or another MoE backend"
+                )
+    return ""
+
+
 def _wrapped(layer: Any) -> Iterator[tuple[str, str]]:
     """(name, kind) of the weights of a layer that are objects of a kernel's library."""
     for name in ("w13_weight", "w2_weight"):

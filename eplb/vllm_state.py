@@ -28,7 +28,7 @@ from .hooks import call_before
 from .phases import phase_of, show_batches
 from .probe import probe
 from .runners import follow_runner_v2, follow_warm_up
-from .support import unsupported_mode, unsupported_model, unsupported_use
+from .support import divided_batch, unsupported_mode, unsupported_model, unsupported_use
 
 if TYPE_CHECKING:
     from ..loaders.vllm_engine import VllmEngine
@@ -125,7 +125,7 @@ class FlashState:
         return Worker(self.config, group, engine, engine.models, experts, unsupported, scales)
 
     def _unsupported(self, states: list[Any], ranks: int) -> str:
-        return unsupported_model(states, ranks)
+        return unsupported_model(states, ranks) or divided_batch(states)
 
     def _make_engine(self, states: list[Any], coordinator: Any) -> VllmEngine:
         from ..loaders.vllm_engine import VllmEngine

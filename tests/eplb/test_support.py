@@ -1,9 +1,15 @@
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flash_eplb.eplb.support import unsupported_mode, unsupported_model, unsupported_use
+from flash_eplb.eplb.support import (
+    divided_batch,
+    unsupported_mode,
+    unsupported_model,
+    unsupported_use,
+)
 
 
 def config(**changes):
@@ -122,3 +128,36 @@ def test_a_layer_whose_kernel_does_not_dispatch_by_itself_is_refused_by_name():
     assert unsupported_model([made], ranks=2) == ""
     made.model.moe_layers[0].do_naive_dispatch_combine = True
     assert "m: naive dispatch in MoE layer 0" in unsupported_model([made], ranks=2)
+
+
+class Sharded(torch.nn.Module):
+    """As vLLM's models and layers say that they divide a batch among the tensor-parallel ranks."""
+
+    def __init__(self, **says):
+        super().__init__()
+        vars(self).update(says)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [{"use_sequence_parallel": True}, {"moe_config": SimpleNamespace(is_sequence_parallel=True)}],
+)
+def test_ranks_that_each_run_tokens_of_their_own_are_refused_by_name(says):
+    made = state()
+    assert divided_batch([made]) == ""
+    made.model = torch.nn.Sequential(Sharded(use_sequence_parallel=False), torch.nn.ReLU())
+    assert divided_batch([made]) == ""
+    made.model.append(Sharded(**says))
+    reason = divided_batch([made])
+    assert reason.startswith("m: sequence parallelism in Sharded")
+    assert "use data_parallel_size in place of tensor_parallel_size" in reason
+
+
+def test_the_state_asks_whether_a_batch_is_divided(monkeypatch):
+    level = logging.root.level
+    from flash_eplb.eplb import vllm_state
+
+    logging.root.setLevel(level)
+    monkeypatch.setattr(vllm_state, "divided_batch", lambda states: "sequence parallelism")
+    asked = vllm_state.FlashState()._unsupported([state()], 2)
+    assert asked == "sequence parallelism"
