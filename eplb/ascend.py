@@ -17,7 +17,7 @@ from .config import Config
 from .hooks import Method, call_before, wrap_once
 from .phases import phase_of
 from .runners import Flag, follow_warm_up
-from .support import unsupported_anywhere, unsupported_use
+from .support import lent_weights, unsupported_anywhere, unsupported_use
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -75,7 +75,7 @@ class FlashUpdator:
         coordinator = self.comm_group  # type: ignore[attr-defined]
         worker, reason = None, ""
         try:
-            reason = unsupported_layers(self.adaptor)  # type: ignore[attr-defined]
+            reason = self.inert or unsupported_layers(self.adaptor)  # type: ignore[attr-defined]
             worker = None if reason else self._worker_of(coordinator)
         except Exception as error:
             log.exception("flash_eplb does not fit the layers of this rank")
@@ -152,6 +152,8 @@ def hook_runner_v1(config: Config) -> None:
         return
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        from vllm.config import get_current_vllm_config_or_none
+
         if reason := balanced.why_not(lambda: unsupported_group(*_configs())):
             log.error(
                 "flash_eplb does not balance: %s; vLLM-Ascend's own balancer stays in charge",
@@ -160,6 +162,7 @@ def hook_runner_v1(config: Config) -> None:
             return object.__new__(cls)
         updator: Any = object.__new__(updator_class(cls))
         updator.config = config
+        updator.inert = lent_weights(get_current_vllm_config_or_none())
         balanced.add(updator)
         return updator
 

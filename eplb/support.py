@@ -10,6 +10,9 @@ import torch
 from ..loaders.staging import Stack, slot_views
 from .derived import left_behind
 
+LENDERS = {"modelexpress", "mx", "mx-source", "mx-target", "netloader"}
+"""Load formats (of ModelExpress, of vLLM-Ascend) with which an engine serves its live weights."""
+
 
 def unsupported_mode(
     parallel_config: Any,
@@ -90,6 +93,31 @@ def unsupported_use(vllm_config: Any) -> str:
             "LoRA (enable_lora): adapters of experts lie by slot and would stay behind when "
             "experts move; serve without adapters, or merge them into the weights"
         )
+    return ""
+
+
+def lent_weights(vllm_config: Any) -> str:
+    """How other engines come to map or copy this one's weights as they lie, in a sentence; "" if
+    they do not. They take each expert for the one of the start, so none may move."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    for load in (
+        getattr(vllm_config, "load_config", None),
+        getattr(speculative, "draft_load_config", None),
+    ):
+        name = getattr(load, "load_format", "")
+        extra = getattr(load, "model_loader_extra_config", None)
+        mode = extra.get("mode") if isinstance(extra, dict) else None
+        if name == "ipc_cache" and mode != "copy":
+            return (
+                "load_format=ipc_cache: experts lie in the memory of vLLM's weight cache, where "
+                "the next engine would find them moved; set --model-loader-extra-config "
+                """'{"mode": "copy"}'"""
+            )
+        if name in LENDERS:
+            return (
+                f"load_format={name}: other engines copy this one's weights while it runs and "
+                "would find experts moved; use another load format"
+            )
     return ""
 
 

@@ -28,7 +28,13 @@ from .hooks import call_before
 from .phases import phase_of, show_batches
 from .probe import probe
 from .runners import follow_runner_v2, follow_warm_up
-from .support import divided_batch, unsupported_mode, unsupported_model, unsupported_use
+from .support import (
+    divided_batch,
+    lent_weights,
+    unsupported_mode,
+    unsupported_model,
+    unsupported_use,
+)
 
 if TYPE_CHECKING:
     from ..loaders.vllm_engine import VllmEngine
@@ -181,6 +187,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
         ours = ascend_v2.state_class(cls) if is_ascend else FlashEplbState  # type: ignore[arg-type]
         state: Any = object.__new__(ours)
         state.config = config
+        state.inert = lent_weights(get_current_vllm_config_or_none())
         balanced.add(state)
         if is_ascend:
             ascend_v2.follow(_settle)

@@ -103,6 +103,20 @@ def test_what_fails_while_we_ask_leaves_upstream_in_charge(module, monkeypatch, 
     assert "Traceback" in caplog.text
 
 
+def test_weights_that_other_engines_copy_stay_where_they_are(module, monkeypatch, caplog):
+    """Upstream's balancer, which would move them too, stays away as well."""
+    monkeypatch.setattr(ascend, "lent_weights", lambda vllm_config: "load_format=netloader")
+    monkeypatch.setattr(balanced, "agree", lambda group, reason: reason)
+    ascend.hook_runner_v1(Config())
+    updator = make(module)
+    updator.comm_group, updator.adaptor = SimpleNamespace(cpu_group=None), adaptor(layer())
+    updator.warm_up_eplb()
+    updator.forward_before()
+    updator.forward_end()
+    assert updator.worker is None
+    assert "does not balance: load_format=netloader; vLLM-Ascend serves on" in caplog.text
+
+
 def test_a_worker_is_made_even_if_the_hook_fails(monkeypatch, caplog):
     class WorkerBase:
         made = False

@@ -225,3 +225,17 @@ def test_a_worker_that_cannot_be_made_ends_no_step(unmade, monkeypatch, caplog):
     assert unmade.worker is None
     assert unmade.inert == "OSError: No space left on device"
     assert "does not balance: OSError: No space left on device; vLLM serves on" in caplog.text
+
+
+def test_weights_that_others_map_are_not_moved_by_us_nor_by_upstream(vllm, monkeypatch):
+    """So the state is ours, and inert."""
+    base = type("EplbState", (vllm.state.EplbState,), {})
+    monkeypatch.setattr(vllm.state, "EplbState", base)
+    monkeypatch.setattr(vllm.state, "_reason", lambda *arguments: "")
+    monkeypatch.setattr(vllm.state, "lent_weights", lambda vllm_config: "load_format=ipc_cache")
+    monkeypatch.setattr(vllm.state, "_warn_where_eplb_is_off", lambda: None)
+    monkeypatch.setattr(vllm.state.balanced, "_balanced", [])
+    vllm.state.install(None)
+    made = base.__new__(base)
+    assert isinstance(made, vllm.state.FlashEplbState)
+    assert made.inert == "load_format=ipc_cache"

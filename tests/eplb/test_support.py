@@ -6,6 +6,7 @@ import torch
 
 from flash_eplb.eplb.support import (
     divided_batch,
+    lent_weights,
     unsupported_mode,
     unsupported_model,
     unsupported_use,
@@ -161,3 +162,21 @@ def test_the_state_asks_whether_a_batch_is_divided(monkeypatch):
     monkeypatch.setattr(vllm_state, "divided_batch", lambda states: "sequence parallelism")
     asked = vllm_state.FlashState()._unsupported([state()], 2)
     assert asked == "sequence parallelism"
+
+
+def loaded(load_format="auto", draft=None, **extra):
+    load = SimpleNamespace(load_format=load_format, model_loader_extra_config=extra)
+    speculative = SimpleNamespace(draft_load_config=loaded(draft).load_config) if draft else None
+    return SimpleNamespace(load_config=load, speculative_config=speculative)
+
+
+def test_weights_that_other_engines_map_or_copy_as_they_lie_are_named():
+    """A restarted engine takes them for those of the start, and answers nonsense."""
+    assert lent_weights(None) == lent_weights(loaded()) == ""
+    assert lent_weights(loaded("ipc_cache", mode="copy")) == ""
+    cached = lent_weights(loaded("ipc_cache", socket_dir="/run/weights"))
+    assert cached.startswith("load_format=ipc_cache: experts lie in the memory of vLLM's weight")
+    assert """set --model-loader-extra-config '{"mode": "copy"}'""" in cached
+    assert lent_weights(loaded(draft="ipc_cache")) == cached
+    for name in ("modelexpress", "netloader"):
+        assert lent_weights(loaded(name)).startswith(f"load_format={name}: other engines copy")
