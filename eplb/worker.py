@@ -34,8 +34,8 @@ from ..loaders.loader import Loader
 from ..loaders.patrol import Patrol
 from ..loaders.stager import Stager
 from ..loaders.stager_pool import StagerPool
-from ..loaders.staging import Staging, default_rows, first_tensor, row_bytes
-from ..loaders.transports import choose_transport, communicator_name, make_transport
+from ..loaders.staging import Staging, default_rows, row_bytes
+from ..loaders.transports import communicator_name, make_transport, transport_for
 from ..loaders.vote import Vote
 from .config import Config
 from .forms import agree_on_forms
@@ -279,7 +279,7 @@ class Worker:
         config, group, engine, shape = self._config, self._group, self._engine, self._shape
         reference = self._reference if config.verify else None
         staging = Staging(engine.weights, shape.staging_rows, engine.buffer)
-        kind = self._transport(staging)
+        kind = transport_for(config.transport, engine, shape.staging_rows, staging.borrowed)
 
         def make_stager() -> Stager:
             # A store of its own: one that hangs in a wait lets nobody else through.
@@ -311,15 +311,6 @@ class Worker:
         if group.rank == 0:
             self._watch = PlannerWatch(config)
             self._announce(staging, kind)
-
-    def _transport(self, staging: Staging) -> str:
-        engine = self._engine
-        return choose_transport(
-            self._config.transport,
-            first_tensor(engine.weights).device.type,
-            communicator_name(engine),
-            staging.borrowed == self._shape.staging_rows,
-        )
 
     def _announce(self, staging: Staging, transport: str) -> None:
         shape = self._shape

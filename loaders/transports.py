@@ -6,12 +6,13 @@ import torch.distributed as dist
 
 from .cuda_ipc import CudaIpc
 from .engine import Engine
+from .staging import first_tensor
 from .transport import EngineCommunicator, PeerToPeer, Transport
 
 _DEVICES = {"nccl": "cuda", "ipc": "cuda", "hccl": "npu"}
 
 
-def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool) -> str:
+def choose_transport(wanted: str, device: str, communicator: str, reached: bool) -> str:
     """One of "gloo", "nccl", "hccl", "ipc" and "engine".
 
     By itself: gloo on the CPU, HCCL on Ascend, and on CUDA the engine's communicator if it reads
@@ -23,14 +24,15 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
         wanted: `EPLB_TRANSPORT`.
         device: type of the device that the experts lie on.
         communicator: name of the engine's own communicator, "" if it has none.
-        borrowed: whether all staging rows lie in the engine's buffer, the only memory that nixl may
-            write to.
+        reached: whether all staging rows lie in the buffer of the communicator, the only memory
+            that nixl may write to.
 
     Raises:
         ValueError: the one that is wanted cannot serve here.
     """
+    is_nixl = "nixl" in communicator.lower()
     if wanted == "auto":
-        if device == "cuda" and borrowed and "nixl" in communicator.lower():
+        if device == "cuda" and reached and is_nixl:
             return "engine"
         return {"npu": "hccl", "cuda": "ipc"}.get(device, "gloo")
     if wanted == "engine" and not communicator:
@@ -43,6 +45,12 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
             'or let vLLM take another (--eplb-config \'{"communicator": "torch_nccl", '
             '"use_async": false}\')'
         )
+    if wanted == "engine" and is_nixl and not reached:
+        raise ValueError(
+            f"EPLB_TRANSPORT=engine: {communicator} writes only to the expert buffer that vLLM has "
+            "made for each model, where not all staging rows lie (a drafter has another buffer); "
+            "use auto, or without a drafter lower EPLB_STAGING_ROWS"
+        )
     if _DEVICES.get(wanted, device) != device:
         raise ValueError(
             f"EPLB_TRANSPORT={wanted}: it moves what lies on {_DEVICES[wanted]} devices, the "
@@ -54,6 +62,16 @@ def choose_transport(wanted: str, device: str, communicator: str, borrowed: bool
 def communicator_name(engine: Engine) -> str:
     """Class of the engine's own communicator, "" if it has none."""
     return type(engine.communicators[0][0]).__name__ if engine.communicators else ""
+
+
+def transport_for(wanted: str, engine: Engine, rows: int, borrowed: int) -> str:
+    """`choose_transport` for `engine`, of whose buffer `borrowed` of the staging `rows` are.
+
+    With a drafter each model has a communicator of its own, which knows its own buffer only.
+    """
+    device = first_tensor(engine.weights).device.type
+    reached = rows == borrowed and len({id(one) for one, _ in engine.communicators}) == 1
+    return choose_transport(wanted, device, communicator_name(engine), reached)
 
 
 def make_transport(

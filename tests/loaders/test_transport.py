@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from flash_eplb.ipc.placement import MOVE
 from flash_eplb.loaders import transport
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape
 from flash_eplb.loaders.transport import EngineCommunicator, Parcel, PeerToPeer
-from flash_eplb.loaders.transports import choose_transport, communicator_name, make_transport
+from flash_eplb.loaders.transports import (
+    choose_transport,
+    communicator_name,
+    make_transport,
+    transport_for,
+)
 
 RANKS = 3
 
@@ -225,7 +231,7 @@ def test_after_a_round_that_failed_the_fallback_moves_experts(caplog):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "communicator", "borrowed", "chosen"),
+    ("wanted", "device", "communicator", "reached", "chosen"),
     [
         ("auto", "cpu", "", False, "gloo"),
         ("auto", "cpu", "TorchDistNcclEplbCommunicator", True, "gloo"),
@@ -240,8 +246,8 @@ def test_after_a_round_that_failed_the_fallback_moves_experts(caplog):
         ("engine", "cpu", "TorchDistNcclEplbCommunicator", False, "engine"),
     ],
 )
-def test_the_choice(wanted, device, communicator, borrowed, chosen):
-    assert choose_transport(wanted, device, communicator, borrowed) == chosen
+def test_the_choice(wanted, device, communicator, reached, chosen):
+    assert choose_transport(wanted, device, communicator, reached) == chosen
 
 
 def test_a_transport_that_cannot_serve_here_is_refused():
@@ -257,6 +263,25 @@ def test_a_transport_that_cannot_serve_here_is_refused():
     with pytest.raises(ValueError, match=f"{staged} .* needs an accelerator; use auto, or .*nccl"):
         choose_transport("engine", "cpu", staged, False)
     assert choose_transport("engine", "cuda", staged, False) == "engine"
+    with pytest.raises(ValueError, match=r"NixlEplbCommunicator writes only .* use auto, or"):
+        choose_transport("engine", "cuda", "NixlEplbCommunicator", False)
+
+
+def test_nixl_knows_the_buffer_of_its_own_model_only():
+    """A drafter and the main model have a buffer each, and our rows lie in one of them."""
+
+    class NixlEplbCommunicator:
+        """By this name it is known."""
+
+    main, drafter = NixlEplbCommunicator(), NixlEplbCommunicator()
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    engine = SimpleNamespace(weights=[[[on_cuda]]], communicators=[(main, 0), (main, 1)])
+    assert transport_for("auto", engine, 8, 8) == "engine"
+    assert transport_for("auto", engine, 8, 7) == "ipc"
+    engine.communicators = [(drafter, 0), (main, 0)]
+    assert transport_for("auto", engine, 8, 8) == "ipc"
+    engine.communicators = []
+    assert transport_for("auto", engine, 8, 8) == "ipc"
 
 
 def test_transports_are_made_by_name():
