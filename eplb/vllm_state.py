@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 from . import ascend, ascend_v2, balanced
 from .config import Config
 from .contract import V1, V2
+from .group import Group, UnsupportedError
 from .hooks import call_before
 from .phases import phase_of, show_batches
 from .probe import probe
@@ -126,9 +127,34 @@ class FlashState:
         engine = self._make_engine(states, coordinator)
         group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
         experts = states[-1].logical_replica_count.shape[1]
+        loaded = [one for one in states[:-1] if self._is_loaded(one, group, experts)]
+        if len(loaded) < len(states) - 1:
+            states = [*loaded, states[-1]]
+            engine = self._make_engine(states, coordinator)
         unsupported = functools.partial(self._unsupported, states, ranks)
         scales = functools.partial(scales_of, states, ranks)
         return Worker(self.config, group, engine, engine.models, experts, unsupported, scales)
+
+    def _is_loaded(self, drafter: Any, group: Group, experts: int) -> bool:
+        """Whether the replicas of a drafter's experts are alike; a collective of all ranks.
+
+        vLLM gives some drafters (MTP of DeepSeek and GLM) slots for replicas, and loads nothing
+        there. That is no reason to leave the main model unbalanced.
+        """
+        from .reference import take_reference
+
+        try:
+            take_reference(group, self._make_engine([drafter], get_ep_group()), experts)
+        except UnsupportedError as error:
+            log.warning(
+                "flash_eplb leaves the experts of %s where they are, and balances the main model: "
+                "%s. vLLM loads no redundant experts of some drafters, whose drafts are worse for "
+                "it; with num_redundant_experts=0 there are none",
+                drafter.model_name,
+                str(error).partition(" (")[0],
+            )
+            return False
+        return True
 
     def _unsupported(self, states: list[Any], ranks: int) -> str:
         return unsupported_model(states, ranks) or divided_batch(states)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from flash_eplb.eplb.group import UnsupportedError
 from flash_eplb.eplb.runners import follow_runner_v2, follow_warm_up
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
 
@@ -203,6 +204,35 @@ def test_what_the_models_support_is_asked_anew_after_updates(unmade):
     *_, experts, unsupported, _ = unmade.made[0]
     assert experts == 4
     assert unsupported() == "w of MoE layer 0 would stay behind"
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_drafter_whose_replicas_were_not_loaded_is_left_out(
+    unmade, is_loaded, monkeypatch, caplog
+):
+    """vLLM loads none for the MTP layers of DeepSeek and GLM; the main model is balanced."""
+    main = unmade.model_states["m"]
+    drafter = SimpleNamespace(model_name="m (draft)", logical_replica_count=np.zeros((1, 4)))
+    unmade.model_states = {"draft": drafter, "m": main}
+    unmade._make_engine = lambda states, coordinator: SimpleNamespace(states=states, models=[])
+    asked = []
+
+    def take_reference(group, engine, experts):
+        asked.append((engine.states, experts))
+        if not is_loaded:
+            raise UnsupportedError("layer 0 expert 3: the replica on rank 1 has other weights (it)")
+
+    monkeypatch.setattr("flash_eplb.eplb.reference.take_reference", take_reference)
+    unmade._make_worker(is_dummy=True)
+    assert asked == [([drafter], 4)]
+    engine, unsupported = unmade.made[0][2], unmade.made[0][-2]
+    kept = [drafter, main] if is_loaded else [main]
+    assert engine.states == kept
+    assert unsupported.args[0] == kept  # after updates, too
+    assert is_loaded != (
+        "leaves the experts of m (draft) where they are, and balances the main model: layer 0 "
+        "expert 3: the replica on rank 1 has other weights. vLLM" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("question", ["_unsupported", "_make_engine"])
