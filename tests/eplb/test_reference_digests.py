@@ -37,3 +37,5 @@ def test_the_first_replica_that_differs_is_named(layer, rank, slot):
     assert str(error.value).startswith(
         f"layer {layer} expert {expert}: the replica on rank {rank} slot {slot} has other weights"
     )
+    assert "load_format=dummy" in str(error.value)
+    assert "set num_redundant_experts=0" in str(error.value)
