@@ -24,7 +24,7 @@ from .choice import (
     refusal,
 )
 from .heat_source import losses_of, start_of
-from .output import target_of, write_figures
+from .output import table_console, target_of, write_figures
 from .progress import watched
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _play(source: Recording | HeatFile, replays: list[Replay]) -> None:
 
 def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
     table = Table(title="Replay", box=SIMPLE_HEAD, padding=0)  # which 80 columns hold
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     headings = (
         "PAR of\nsteps,\nmean",
         "p95",
@@ -165,7 +165,8 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
         "step\ntime",
     )
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        folds = heading == "plans"  # which may tell of refused ones
+        table.add_column(heading, justify="right", no_wrap=not folds, overflow="fold")
     for name, found in outcomes.items():
         table.add_row(
             name,
@@ -176,9 +177,7 @@ def _show(outcomes: dict[str, Outcome], times: dict[str, float]) -> None:
             f"{found.planning_ms[0]:.1f}",
             f"{times[name] - 1:+.1%}",
         )
-    needed = Console(width=10_000).measure(table).maximum  # narrower figures would be cut
-    console = Console()
-    console = Console(width=max(console.width if console.is_terminal else 140, needed))
+    console = table_console(140)
     console.print(table)
     _show_over_time(console, outcomes)
 

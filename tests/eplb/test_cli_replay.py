@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from recordings import FIRST
 from recordings import record as write
 
 from flash_eplb.eplb.cli import app
+from flash_eplb.eplb.cli_replay import _show
 from flash_eplb.planners import recorder
 from flash_eplb.planners.par import episode_par
 from flash_eplb.planners.recording import Recording
@@ -121,6 +123,27 @@ def test_no_figure_is_cut_where_the_terminal_is_narrow(heat, environment, column
     assert table(found)["static"][:7] == table(wide)["static"][:7]  # then comes planning time
     assert table(found)["static"][-1] == "+0.0%"
     assert max(map(len, found.split("PAR of episodes over")[0].splitlines())) <= 80
+
+
+def test_a_long_name_of_a_policy_and_large_figures_fit_80_columns(capsys, environment):
+    figures = {
+        "step_par": (1.234, 1.567),
+        "episode_par": (1.234, 1.567),
+        "plans": 1234,
+        "refused": 123,
+        "moves": 1234567,
+        "moved_per_plan": 1.0,
+        "planning_ms": (12345.6, 20000.0),
+        "episode_par_over_time": [1.1, 1.2],
+    }
+    name = "our-company.balance_by_cost-v2"
+    environment.setenv("COLUMNS", "80")
+    environment.setenv("FORCE_COLOR", "1")
+    _show({name: SimpleNamespace(**figures)}, {name: 0.5})
+    found = re.sub("\x1b[^m]*m", "", capsys.readouterr().out)
+    assert max(map(len, found.splitlines())) <= 80
+    assert "…" not in found
+    assert re.search(r" 1234 +1234567 +100.0% +12345.6 +-50.0% *\n", found)
 
 
 def test_an_output_that_cannot_show_all_signs_shows_the_rest(heat, tmp_path):
