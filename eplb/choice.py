@@ -128,24 +128,43 @@ def choose(name: str, source: str = BY_SETTING) -> Choice:
         raise refusal(error, source) from None
 
 
-def options_of(config: settings.Config, choice: Choice, source: str = BY_SETTING) -> dict[str, Any]:
+def options_of(
+    config: settings.Config, choice: Choice, source: str = BY_SETTING, **fixed: Any
+) -> dict[str, Any]:
     """The settings that a policy may take; says which of those that were set this one does not.
 
-    The command ends with 2 where the policy could never move anything.
+    The command ends with 2 where the policy refuses one of them.
+
+    Args:
+        config: the settings.
+        choice: the policy.
+        source: what named it, as an error says it.
+        fixed: options that are not as the settings have them.
     """
     options = {option: getattr(config, name) for option, name in SETTINGS_OF.items()}
     for option in ("max_moves", "max_layers"):
         options[option] = options[option] or None
-    if choice.name == "swap" and options["max_moves"] == 1:
-        fail(
-            f"{settings.PREFIX}MAX_MOVES is 1, with which {source}swap moves nothing: it exchanges "
-            "two experts; set 2 or more, or 0 for no cap"
-        )
+    options |= fixed
+    _check_options(choice, options, source)
     for option, name in SETTINGS_OF.items():
         if option not in choice.options and settings.source(name) != "default":
             variable = settings.PREFIX + name.upper()
             typer.echo(f"eplb: {variable} does nothing with {source}{choice.name}", err=True)
     return options
+
+
+def _check_options(choice: Choice, options: dict[str, Any], source: str) -> None:
+    """End the command with 2 if one of our policies refuses a setting, whatever the engine is."""
+    from ..planners.policy import PolicyError
+
+    if not choice.options:
+        return  # it takes none, and is its author's to make when an engine is there
+    try:
+        choice.make(2, 2, 2, **options)
+    except PolicyError as error:
+        option, _, why = str(error.__cause__).partition(" ")
+        variable = settings.PREFIX + SETTINGS_OF.get(option, option).upper()
+        fail(f"{variable} {why}, or another {source.rstrip(' =')} than {choice.name}")
 
 
 def initial_of(config: settings.Config) -> ExpertMap | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 _MOST_REDUNDANT = 4096
-_FREE = {"max_moves": None, "max_layers": None, "routing": "uniform"}
+_FREE: dict[str, Any] = {"max_moves": None, "max_layers": None, "routing": "uniform"}
 
 
 def plan(
@@ -150,7 +150,7 @@ def _maker(config: Config, choice: Choice) -> Callable[[int, int], Policy]:
     """What makes the policy for (ranks, slots), warmed up, without limits to its moves."""
     from ..planners.policy import PolicyError
 
-    options = options_of(config, choice)
+    options = options_of(config, choice, **_FREE)
     for name in _FREE:
         if name in choice.options and settings.source(name) != "default":
             typer.echo(f"eplb: {settings.PREFIX}{name.upper()} does nothing here", err=True)
@@ -158,7 +158,7 @@ def _maker(config: Config, choice: Choice) -> Callable[[int, int], Policy]:
         choice.warm_up()
     except PolicyError as error:
         raise refusal(error) from None
-    return lambda ranks, slots: policy_of(config, choice, ranks, slots, options | _FREE)
+    return lambda ranks, slots: policy_of(config, choice, ranks, slots, options)
 
 
 def _run(

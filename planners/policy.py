@@ -76,7 +76,13 @@ class Choice:
         if self.name in BUILT_IN:
             options["ranks_per_node"] = ranks_per_node
             given = {key: value for key, value in options.items() if key in self.options}
-            return self.factory(ranks, slots_per_rank, **given)
+            try:
+                return self.factory(ranks, slots_per_rank, **given)
+            except ValueError as error:
+                raise PolicyError(
+                    f"EPLB_POLICY={self.name!r} cannot be made for {ranks} ranks x "
+                    f"{slots_per_rank} slots: {error}"
+                ) from error
         try:
             policy = self.factory(ranks, slots_per_rank, ranks_per_node)
         except (Exception, SystemExit) as error:  # it is not ours: it may do anything
@@ -152,8 +158,8 @@ def make_policy(
             an entry point gets none.
 
     Raises:
-        PolicyError: see `choose_policy`; or an entry point fails, or gives nothing with a `plan`.
-        ValueError: an argument of a policy of ours is out of range.
+        PolicyError: see `choose_policy`; an entry point fails, or gives nothing with a `plan`; or
+            an argument of a policy of ours is out of range, as the ValueError that caused it says.
     """
     return choose_policy(name).make(ranks, slots_per_rank, ranks_per_node, **options)
 

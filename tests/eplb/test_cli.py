@@ -167,15 +167,33 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert "MIN_GAIN" not in found.stderr
 
 
-def test_a_cap_with_which_the_policy_moves_nothing_is_refused(environment):
+@pytest.mark.parametrize("command", [["planner"], ["replay", "x.npy"], ["stress"]])
+def test_a_cap_with_which_the_policy_moves_nothing_is_refused(environment, tmp_path, command):
     environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
+    environment.chdir(tmp_path)
+    np.save("x.npy", np.ones((9, 2, 4), int))
     environment.setenv("EPLB_POLICY", "swap")
     environment.setenv("EPLB_MAX_MOVES", "1")
+    shape = ["--ranks", "2", "--slots-per-rank", "3"] if "replay" in command else []
+    found = eplb(*command, *shape)
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "eplb: EPLB_MAX_MOVES is 1; swap moves two experts at once: give 2 or more, or another "
+        "EPLB_POLICY than swap\n",
+    )
+
+
+def test_whatever_one_of_our_policies_refuses_ends_the_planner_at_its_start(environment):
+    def few(self, *_, threads, **__):
+        raise ValueError(f"threads is {threads}; give 1")
+
+    environment.setattr("flash_eplb.eplb.logs.configure", lambda level: None)
+    environment.setattr("flash_eplb.planners.flashlb.FlashLB.__init__", few)
+    environment.setenv("EPLB_PLANNER_THREADS", "9")
     found = eplb("planner")
     assert (found.exit_code, found.stderr) == (
         2,
-        "eplb: EPLB_MAX_MOVES is 1, with which EPLB_POLICY=swap moves nothing: it exchanges two "
-        "experts; set 2 or more, or 0 for no cap\n",
+        "eplb: EPLB_PLANNER_THREADS is 9; give 1, or another EPLB_POLICY than flashlb\n",
     )
 
 

@@ -350,6 +350,14 @@ def test_too_little_heat_is_one_sentence_and_leaves_nothing(heat, tmp_path, envi
     assert os.listdir(tmp_path) == ["heat.npy"]
 
 
+def test_a_cap_is_none_of_a_map_also_where_the_policy_refuses_it(heat, environment):
+    environment.setenv("EPLB_POLICY", "swap")
+    environment.setenv("EPLB_MAX_MOVES", "1")
+    found = plan(heat, *SHAPE)
+    assert found.exit_code == 0
+    assert "EPLB_MAX_MOVES does nothing here" in found.stderr
+
+
 def test_a_policy_that_fails_is_named(heat, environment):
     def failing(*_):
         raise ZeroDivisionError("bug")

@@ -94,7 +94,9 @@ def test_a_policy_gets_the_node_size_and_the_options_that_it_takes():
     assert isinstance(policy, DeepSeek)
     assert (policy.nodes, policy.min_gain) == (2, 0.5)
     assert make_policy("swap", 4, 2, None, max_moves=7).max_moves == 7
-    with pytest.raises(ValueError, match="max_moves is -1"):
+    with pytest.raises(
+        PolicyError, match=r"'swap' cannot be made for 4 ranks x 2 .*max_moves is -1"
+    ):
         make_policy("swap", 4, 2, None, max_moves=-1)
 
 
