@@ -31,6 +31,7 @@ _UNSHARE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-use
 
 
 def stress(
+    context: typer.Context,
     scenario: Annotated[str, typer.Option(help="See --list; or replay:FILE.")] = "drift",
     layers: Annotated[int, typer.Option(help="Mixture-of-experts layers.")] = 4,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 64,
@@ -58,6 +59,7 @@ def stress(
     Example: eplb stress --scenario burst --seconds 60 --faults all
     """
     from .stress.faults import FAULTS
+    from .stress.scenario import REPLAY
 
     if show_list:
         _list()
@@ -66,6 +68,9 @@ def stress(
     for name in names:
         if name not in FAULTS:
             fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
+    if scenario.startswith(REPLAY):
+        layers, experts = _recorded_shape(context, scenario.removeprefix(REPLAY))
+        scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
     given = (layers, experts, ranks, slots, tokens, top_k, steps_per_second, seconds, steps, seed)
     _check(*given, patience)
     target = target_of("--json", json_file)
@@ -91,6 +96,20 @@ def stress(
         else:
             shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
+
+
+def _recorded_shape(context: typer.Context, path: str) -> tuple[int, int]:
+    """(layers, experts) of recorded heat; the command ends with 2 if it was told others."""
+    from .stress.scenario import recorded
+
+    with one_sentence():
+        _, *found = recorded(path).shape
+    for option, value in zip(("layers", "experts"), found, strict=True):
+        source = context.get_parameter_source(option)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and context.params[option] != value:
+            fail(f"--{option} is {context.params[option]}, but {path} has {value}; leave it out")
+    return found[0], found[1]
 
 
 def _say_unwritten(folder: str) -> None:
@@ -146,15 +165,11 @@ def _setup(
     """What was asked for; the command ends with 2 where it does not fit together."""
     from ..collectors.synthetic import SCENARIOS
     from ..ipc.shape import ShapeError, check_shape
-    from .stress.scenario import REPLAY, recorded
+    from .stress.scenario import REPLAY
     from .stress.setup import Setup
 
     layers, experts, ranks, slots = shape
-    if scenario.startswith(REPLAY):
-        with one_sentence():
-            layers, experts = recorded(scenario.removeprefix(REPLAY)).shape[1:]
-        scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
-    elif scenario not in SCENARIOS:
+    if not scenario.startswith(REPLAY) and scenario not in SCENARIOS:
         fail(f"--scenario is {scenario!r}; there are {', '.join(SCENARIOS)} and replay:FILE")
     slots = slots or min(experts, -(-experts // ranks) + 2)
     hosts = ranks if weights else min(ranks, max(2, os.cpu_count() or 2))

@@ -347,6 +347,27 @@ def test_wrong_arguments_are_refused_in_one_sentence(environment, arguments, wor
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--layers", 4), "--layers is 4, but heat.npy has 2; leave it out"),
+        (("--experts", 64), "--experts is 64, but heat.npy has 80; leave it out"),
+        (("--top-k", 81), "--top-k is 81; it must be from 1 to 80"),
+        (("--layers", 2, "--experts", 80, "--top-k", 80), ""),
+    ],
+)
+def test_another_shape_than_that_of_recorded_heat_is_refused(
+    environment, tmp_path, arguments, words
+):
+    environment.setattr("flash_eplb.eplb.stress.stress.Stress.run", lambda *_: sys.exit(7))
+    environment.chdir(tmp_path)
+    np.save("heat.npy", np.ones((9, 2, 80), int))
+    result = CliRunner().invoke(
+        app, ["stress", "--scenario", "replay:heat.npy", *map(str, arguments)]
+    )
+    assert (result.exit_code, words in result.stderr) == (2 if words else 7, True), result.stderr
+
+
+@pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("EPLB_POLICY", "flashbl", "EPLB_POLICY='flashbl' names no policy"),
