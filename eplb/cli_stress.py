@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .stress.stress import Outcome
     from .stress.verdicts import Verdict
 
+_MANY = ("all", "random")  # words of --faults
 _ROOM = 16 << 20  # bytes of the private /dev/shm beside the engine's segments
 _UNSHARE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")), "--mount")
 
@@ -58,16 +59,12 @@ def stress(
 
     Example: eplb stress --scenario burst --seconds 60 --faults all
     """
-    from .stress.faults import FAULTS
     from .stress.scenario import REPLAY
 
     if show_list:
         _list()
         return
-    names = list(FAULTS) if faults in ("all", "random") else [f for f in faults.split(",") if f]
-    for name in names:
-        if name not in FAULTS:
-            fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, all and random")
+    names = _faults(faults)
     if scenario.startswith(REPLAY):
         layers, experts = _recorded_shape(context, scenario.removeprefix(REPLAY))
         scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
@@ -96,6 +93,21 @@ def stress(
         else:
             shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
+
+
+def _faults(text: str) -> list[str]:
+    """The faults that --faults names; the command ends with 2 where there is no such one."""
+    from .stress.faults import FAULTS
+
+    if text in _MANY:
+        return list(FAULTS)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name in _MANY:
+            fail(f"--faults is {text!r}; {name} stands for all of them: give it alone")
+        if name not in FAULTS:
+            fail(f"--faults names {name!r}; there are {', '.join(FAULTS)}, or all, or random")
+    return names
 
 
 def _recorded_shape(context: typer.Context, path: str) -> tuple[int, int]:

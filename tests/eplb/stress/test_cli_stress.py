@@ -324,6 +324,9 @@ def test_a_broken_promise_is_found(stress, amount):
     [
         (("--scenario", "storm"), "--scenario is 'storm'; there are zipf, drift, antiphase"),
         (("--faults", "flood"), "--faults names 'flood'; there are planner-killed"),
+        (("--faults", "random,all"), "--faults is 'random,all'; random stands for all of them: "),
+        (("--faults", "shm-full, all"), "--faults is 'shm-full, all'; all stands for all of them"),
+        (("--faults", "rank-slow, flood"), "--faults names 'flood'; there are planner-killed"),
         (("--ranks", "1"), "--ranks is 1; it must be from 2 to 1024"),
         (("--top-k", "65"), "--top-k is 65; it must be from 1 to 64"),
         (("--seed", "-1"), "--seed is -1; it must be "),
