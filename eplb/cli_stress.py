@@ -65,6 +65,8 @@ def stress(
         _list()
         return
     names = _faults(faults)
+    if "shm-full" in names and not private_shm:
+        _again_in_private()
     if scenario.startswith(REPLAY):
         layers, experts = _recorded_shape(context, scenario.removeprefix(REPLAY))
         scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
@@ -81,8 +83,8 @@ def stress(
             folder, config, scenario, (layers, experts, ranks, slots), tokens, top_k,
             steps_per_second, seed, weights,
         )  # fmt: skip
-        if "shm-full" in names and not private_shm:
-            _again_in_private(setup, config)
+        if private_shm:
+            _mount_private(setup, config)
         _check_session(config.session)
         _check_limits(setup, config)
         code = _run(setup, config, names, faults == "random", seconds, steps, patience, target)
@@ -233,19 +235,31 @@ def _check_limits(setup: Setup, config: Config) -> None:
         fail(str(error))
 
 
-def _again_in_private(setup: Setup, config: Config) -> NoReturn:
-    """Start this command again where /dev/shm is a small one of its own."""
-    if subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
+def _again_in_private() -> NoReturn:
+    """Start this command again where what it mounts is seen by nobody else."""
+    if (
+        not shutil.which(_UNSHARE[0])
+        or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode
+    ):
         fail(
             "shm-full needs a mount namespace of its own and `unshare --mount` is refused here; "
             "run as root, in a container with CAP_SYS_ADMIN, or name the other --faults"
         )
+    again = [sys.executable, "-m", "flash_eplb.eplb.cli", *sys.argv[1:], "--private-shm"]
+    os.execvp(_UNSHARE[0], [*_UNSHARE, *again])
+
+
+def _mount_private(setup: Setup, config: Config) -> None:
+    """A small /dev/shm of this command's own, in the mount namespace that it was started in."""
     fixed, step = _bytes(setup, config)
     size = setup.ranks * (fixed + config.ring_steps * step + 8192) + _ROOM
-    shutil.rmtree(setup.folder)
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    script = f'{mount} && exec "$0" -m flash_eplb.eplb.cli "$@" --private-shm'
-    os.execvp(_UNSHARE[0], [*_UNSHARE, "sh", "-c", script, sys.executable, *sys.argv[1:]])
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        fail(
+            f"shm-full needs a /dev/shm of its own: {mounted.stderr.strip()}; name the other "
+            "--faults"
+        )
 
 
 def _run(

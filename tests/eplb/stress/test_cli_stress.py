@@ -410,10 +410,29 @@ def test_without_room_in_shared_memory_it_says_so(environment):
 def test_where_no_mount_can_be_private_it_says_so(environment, tmp_path):
     (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "unshare").chmod(0o755)
-    environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    result = CliRunner().invoke(app, ["stress", "--faults", "shm-full"])
-    assert result.exit_code == 2
-    assert "shm-full needs a mount namespace of its own" in result.stderr
+    for path in (f"{tmp_path}:{os.environ['PATH']}", str(tmp_path / "nothing")):
+        environment.setenv("PATH", path)
+        result = CliRunner().invoke(app, ["stress", "--faults", "shm-full"])
+        assert result.exit_code == 2
+        assert "shm-full needs a mount namespace of its own" in result.stderr
+
+
+def test_where_it_starts_again_with_a_private_mount_it_warns_once(stress, tmp_path):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    every_option = 'while [ "${1#--}" != "$1" ]; do shift; done'
+    (bin / "unshare").write_text(f'#!/bin/sh\n{every_option}\nexec "$@"\n')
+    (bin / "mount").write_text("#!/bin/sh\necho mount: no tmpfs here >&2\nexit 32\n")
+    for file in bin.iterdir():
+        file.chmod(0o755)
+    variables = {"PATH": f"{bin}:{os.environ['PATH']}", "EPLB_FOO": "1"}
+    assert stress("--faults", "shm-full", **variables) == (
+        2,
+        "",
+        "eplb: EPLB_FOO is no setting of ours: misspelt?\n"
+        "eplb: shm-full needs a /dev/shm of its own: mount: no tmpfs here; name the other "
+        "--faults\n",
+    )
 
 
 def test_the_list_names_all_scenarios_and_faults(environment):
