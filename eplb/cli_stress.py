@@ -289,7 +289,7 @@ def _run(
             signal.signal(number, lambda *_: stress.stop())
         outcome = stress.run()
     found = verdicts(outcome, setup, config.policy)
-    notes = [limit(outcome, setup, os.cpu_count() or 1)]
+    notes = [limit(outcome, config.ring_steps, os.cpu_count() or 1)]
     show_verdicts(table_console(140), found, notes)
     if target:
         write_figures(target, _as_json(setup, config, outcome, found, notes))

@@ -125,7 +125,7 @@ def _of_faults(faults: list[FaultRecord]) -> list[Verdict]:
     return found
 
 
-def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
+def limit(outcome: Outcome, ring_steps: int, cores: int) -> str:
     """What limits the planner, in a sentence."""
     shares, speeds = outcome.shares, [one.steps_per_second for one, _ in outcome.samples]
     if not shares or not speeds or outcome.trouble:
@@ -135,11 +135,17 @@ def limit(outcome: Outcome, setup: Setup, cores: int) -> str:
     used = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     if outcome.faults:
         said = f"{speed:.0f} steps/s, with faults; run without them to see what limits it"
-    elif outcome.lost:
-        what = "the planner's loop limits" if loop > 0.8 else "cores of this machine limit"
-        said = f"{what} it: it lost {outcome.lost} records at {speed:.0f} steps/s"
+    elif outcome.lost and loop > 0.8:
+        said = (
+            f"the planner's loop limits it: it lost {outcome.lost} records at {speed:.0f} steps/s"
+        )
     elif busy > 0.9 * cores:
         said = f"this machine's {cores} cores limit it: all are busy at {speed:.0f} steps/s"
+    elif outcome.lost:
+        said = (
+            f"rings of EPLB_RING_STEPS={ring_steps} are too short for {speed:.0f} steps/s on this "
+            f"machine: {outcome.lost} records were lost; set more"
+        )
     else:
         said = (
             f"nothing limits it at {speed:.0f} steps/s; its loop, alone on a core, would keep up "

@@ -124,7 +124,11 @@ def test_an_adversary_is_not_judged():
     [
         ({}, "Nothing limits it at 100 steps/s; its loop, alone on a core, would keep up with"),
         ({"lost": 5, "shares": SHARES | {"loop": 0.9}}, "The planner's loop limits it"),
-        ({"lost": 5}, "Cores of this machine limit it"),
+        (
+            {"lost": 5},
+            "Rings of EPLB_RING_STEPS=8 are too short for 100 steps/s on this machine: 5 ",
+        ),
+        ({"lost": 5, "shares": SHARES | {"ranks": 1.7}}, "This machine's 2 cores limit it"),
         ({"shares": SHARES | {"ranks": 1.7}}, "This machine's 2 cores limit it"),
         ({"faults": [FaultRecord("rank-slow")]}, "100 steps/s, with faults"),
         ({"shares": {}}, "What limits it was not measured."),
@@ -134,11 +138,11 @@ def test_an_adversary_is_not_judged():
     ],
 )
 def test_what_limits_the_planner(changes, words):
-    assert limit(replace(good(most_behind=21), **changes), SETUP, cores=2).startswith(words)
+    assert limit(replace(good(most_behind=21), **changes), ring_steps=8, cores=2).startswith(words)
 
 
 def test_how_deep_the_rings_had_to_be():
-    assert limit(good(most_behind=21), SETUP, 2).endswith("The rings had to hold 21 steps.")
+    assert limit(good(most_behind=21), 8, 2).endswith("The rings had to hold 21 steps.")
 
 
 def test_a_setup_is_handed_on_whole():
