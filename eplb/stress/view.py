@@ -7,6 +7,7 @@ import time
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -90,12 +91,11 @@ class LiveView:
         head = Text(title, style="bold")
         if not outcome.samples:
             return Group(head, Text(doing or "waiting for the first steps", style="dim"))
-        return Group(head, self._figures(outcome, doing), *self._strips(outcome))
+        now = Text("now         ", style="dim") + Text(doing)
+        return Group(head, self._figures(outcome), now, *self._strips(outcome))
 
-    def _figures(self, outcome: Outcome, doing: str) -> Table:
+    def _figures(self, outcome: Outcome) -> Table:
         sample = outcome.samples[-1][0]
-        table = Table.grid(padding=(0, 2))
-        faults = f"{len(outcome.faults)}" + (f", now {doing}" if doing else "")
         cells = [
             ("seconds", f"{sample.seconds:.0f}"),
             ("steps/s", f"{sample.steps_per_second:.0f}"),
@@ -108,12 +108,16 @@ class LiveView:
             ("dropped", f"{outcome.aborted}"),
             ("refused", f"{outcome.refused}"),
             ("errors", f"{_errors(outcome)}"),
-            ("faults", faults),
+            ("faults", f"{len(outcome.faults)}"),
         ]
-        for begin in range(0, len(cells), 4):
-            row = cells[begin : begin + 4]
-            table.add_row(*(part for name, value in row for part in (Text(name, "dim"), value)))
-        return table
+        endless = self._console.options.update(width=10_000)
+        grids = (_grid(cells, across) for across in (4, 3, 2))
+        fitting = (
+            grid
+            for grid in grids
+            if Measurement.get(self._console, endless, grid).maximum <= self._console.width
+        )
+        return next(fitting, _grid(cells, 1))
 
     def _strips(self, outcome: Outcome) -> list[Text]:
         width = max(10, self._console.width - 12)
@@ -125,6 +129,15 @@ class LiveView:
         ]
         past = [sample.par.mean() - 1 for sample, _ in outcome.samples[-min(_HISTORY, width) :]]
         return [*layers, Text("over time   ", style="dim") + strip(np.array(past))]
+
+
+def _grid(cells: list[tuple[str, str]], across: int) -> Table:
+    """Names and values, so many of them in a row."""
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    for begin in range(0, len(cells), across):
+        row = cells[begin : begin + across]
+        table.add_row(*(part for name, value in row for part in (Text(name, "dim"), value)))
+    return table
 
 
 def show_verdicts(console: Console, found: list[Verdict], notes: list[str]) -> None:
