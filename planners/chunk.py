@@ -134,15 +134,22 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
     except FileNotFoundError:
         raise ChunkError(f"{path} is gone: is its recording still rotated? Read it again") from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise damaged(path, str(error) or type(error).__name__) from error
+        raise damaged(path, reason(error)) from error
     except Exception as error:  # zlib.error and what else damaged bytes lead to
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+        raise damaged(path, f"{type(error).__name__}: {reason(error)}") from error
 
 
 def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     if name in ADDED_TABLES and name not in file.files:
         return np.empty(0, TABLES[name])
     return file[name]
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in a line; numpy's advice is to run the code in it."""
+    if "pickle" in str(error):
+        return "it holds something else than arrays of numbers"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def damaged(path: Path, why: str) -> ChunkError:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
+from .chunk import reason
 from .recording import Counts, Recording, RecordingError, sum_episodes
 
 _FORMS = ".npy, .npz or .pt"
@@ -71,14 +72,10 @@ def _read(path: Path, member: str) -> Any:
     except RecordingError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise RecordingError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise RecordingError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # unpickling raises whatever it likes
-        text = f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}"
+        text = f"{path} cannot be read: {type(error).__name__}: {reason(error)}"
         raise RecordingError(text) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _from_npy(path: Path, _: str) -> Any:
@@ -155,7 +152,7 @@ def _from_records(path: Path, dump: dict) -> np.ndarray:
     except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         raise RecordingError(
             f"{path} is no dump of SGLang that is known here: {type(error).__name__}: "
-            f"{_first_line(error)}; record with --expert-distribution-recorder-mode stat"
+            f"{reason(error)}; record with --expert-distribution-recorder-mode stat"
         ) from error
 
 
