@@ -133,6 +133,11 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
         raise
     except FileNotFoundError:
         raise ChunkError(f"{path} is gone: is its recording still rotated? Read it again") from None
+    except PermissionError:  # nothing is wrong with it
+        raise ChunkError(
+            f"{path} may not be read by this user; read it as the one who recorded it, or let "
+            "others read it (chmod)"
+        ) from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
         raise damaged(path, reason(error)) from error
     except Exception as error:  # zlib.error and what else damaged bytes lead to

@@ -205,6 +205,16 @@ def test_no_chunk_unpickles_anything(folder):
     )
 
 
+def test_a_chunk_that_may_not_be_read_is_not_to_be_removed(folder, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("flash_eplb.planners.chunk.open", refuse, raising=False)
+    said = refusal(folder)
+    assert said.startswith(f"{folder}/000001.npz may not be read by this user; read it as the one ")
+    assert "remove" not in said
+
+
 def test_a_folder_that_is_no_recording_is_said(tmp_path):
     assert refusal(tmp_path) == (
         f"{tmp_path} is no recording: no chunk (000001.npz, ...) is in it; set EPLB_RECORD to it "
