@@ -22,7 +22,7 @@ from .choice import (
     policy_of,
     refusal,
 )
-from .heat_source import start_of
+from .heat_source import losses_of, start_of
 from .output import target_of, write_figures, write_text
 from .plan_report import MIB, Report, Row, layer_bytes_of
 
@@ -166,13 +166,17 @@ def _run(
 ) -> tuple[list[np.ndarray], list[Row], int]:
     """The placements planned on the whole recording, a row for each trial, and the episodes."""
     from ..planners.offline import Trial, all_episodes, measure
+    from ..planners.recording import RecordingError
 
     make = _maker(config, choice)
     steps = config.episode_steps
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        heat = all_episodes(_tracked(progress, "reading", source), steps)
+        try:
+            heat = all_episodes(_tracked(progress, "reading", source), steps)
+        except RecordingError as error:
+            raise RecordingError("; ".join([str(error), *losses_of(source)])) from error
         half = len(heat) // 2
         parts = [heat, heat[:half]] if half else [heat]
         planned = _plan_all(progress, parts, trials, config, make)

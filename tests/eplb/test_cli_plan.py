@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planners"))
-from recordings import FIRST, HEADER
+from recordings import FIRST, HEADER, step
 from recordings import record as write
 
 from flash_eplb.eplb.cli import app
@@ -356,6 +356,18 @@ def test_a_cap_is_none_of_a_map_also_where_the_policy_refuses_it(heat, environme
     found = plan(heat, *SHAPE)
     assert found.exit_code == 0
     assert "EPLB_MAX_MOVES does nothing here" in found.stderr
+
+
+def test_steps_of_which_no_placement_is_known_are_not_called_too_few(tmp_path):
+    folder = tmp_path / "recording"
+    written = recorder.Recorder(folder, HEADER, 1 << 30)
+    for number in range(40):
+        written.step(step(number))
+    written.close()
+    assert refused(folder) == (
+        "eplb: there are no 16 steps with tokens, which make an episode; record more, or lower "
+        "EPLB_EPISODE_STEPS; 40 steps are left out: their placement was not recorded."
+    )
 
 
 def test_a_policy_that_fails_is_named(heat, environment):
