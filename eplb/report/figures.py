@@ -18,7 +18,7 @@ MOST_POINTS = 1000
 GOOD, BAD, MAIN, OTHER = "#1b7f5c", "#c2410c", "#1f5fa8", "#8a5a00"
 _SHARES = [[0, "#f7fbff"], [0.35, "#9ecae1"], [0.65, "#4292c6"], [1, "#08306b"]]
 _EXCESS = [[0, "#fff7ec"], [0.3, "#fdbb84"], [0.65, "#d7301f"], [1, "#4a0000"]]
-_AROUND = [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b2182b"]]
+_BELOW, _MEAN, _ABOVE = "#2166ac", "#f7f7f7", "#b2182b"
 
 
 class Plot(NamedTuple):
@@ -190,13 +190,17 @@ def _rank_loads(found: Measured, axis: Axis) -> Plot:
     mean = load.mean(axis=1, keepdims=True)
     shares = np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
     away = max(0.05, float(np.nanmax(np.abs(shares - 1), initial=0)))
+    low, high = max(0.0, 1 - away), 1 + away  # no rank gets less than nothing
+    colours = [[0, _BELOW], [(1 - low) / (high - low), _MEAN], [1, _ABOVE]]
     figure = _figure(axis.title, "EP rank", _height(load.shape[1]), top=20)
     hover = "rank %{y}, %{x:.1f} " + axis.unit + ": %{z:.2f} of the mean"
     edges, cells = found.cells(found.edges, shares)
-    bounds = {"zmin": 1 - away, "zmax": 1 + away}
     figure.add_trace(
-        _heat_map(cells.T, axis.of(edges), _AROUND, "tokens over the mean rank's", hover, **bounds)
-    )
+        _heat_map(
+            cells.T, axis.of(edges), colours, "tokens over the mean rank's", hover,
+            zmin=low, zmax=high,
+        )
+    )  # fmt: skip
     figure.update_yaxes(autorange="reversed", dtick=max(1, load.shape[1] // 8))
     return Plot(
         "rank-loads",

@@ -4,6 +4,7 @@ import builtins
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +319,14 @@ def test_a_plot_of_nothing_is_left_out(folder):
     drawn = figures_module.plots(measure(Recording(folder), passed))
     assert "missing" not in [plot.name for plot in drawn]
     assert "par" in [plot.name for plot in drawn]
+
+
+@pytest.mark.parametrize(("most", "low", "middle"), [(1.5, 0.5, 0.5), (5.0, 0.0, 0.2)])
+def test_the_colours_of_loads_are_pale_at_the_mean_and_end_at_nothing(folder, most, low, middle):
+    found = measure(Recording(folder), passed)
+    load = np.ones((len(found.load), 1, 8)) * (8 - most) / 7
+    load[:, :, 3] = most
+    (plot,) = (p for p in figures_module.plots(replace(found, load=load)) if p.name == "rank-loads")
+    (drawn,) = plot.figure.data
+    assert (drawn.zmin, drawn.zmax) == (pytest.approx(low), pytest.approx(most))
+    assert [place for place, _ in drawn.colorscale] == pytest.approx([0, middle, 1])
