@@ -41,6 +41,6 @@ def test_the_wheel_holds_every_module(wheel):
 def test_the_wheel_has_the_command_and_the_plug_in(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
-    assert "eplb = flash_eplb.eplb.cli:main" in text
+    assert "eplb = flash_eplb.eplb.__main__:main" in text
     assert "[vllm.general_plugins]" in text
     assert "flash_eplb = flash_eplb.eplb.plugin:register" in text

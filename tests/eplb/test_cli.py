@@ -1,6 +1,7 @@
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 
@@ -165,6 +166,25 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert first == "eplb: EPLB_MAX_MOVES does nothing with EPLB_POLICY=mine"
     assert last.startswith("eplb: EPLB_POLICY='mine' cannot be used: mine.warmup() failed with ")
     assert "MIN_GAIN" not in found.stderr
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic_core"])
+def test_ctrl_c_while_it_is_being_loaded_ends_it_without_a_word(module):
+    code = f"""
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+from flash_eplb.eplb.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", code, "version"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("command", [["planner"], ["replay", "x.npy"], ["stress"]])
