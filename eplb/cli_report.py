@@ -40,14 +40,18 @@ def report(
     page, timeline = target_of("-o", output), target_of("--trace", trace)
     if page is not None:
         _need_plotly()
+    said = []
     with one_sentence():
         from ..planners.recording import Recording
 
         recording = Recording(folder)
         if page is not None:
-            _write_page(recording, page, title or f"Expert balance: {Path(folder).resolve().name}")
+            title = title or f"Expert balance: {Path(folder).resolve().name}"
+            said.append(_write_page(recording, page, title))
         if timeline is not None:
-            _write_trace(recording, timeline)
+            said.append(_write_trace(recording, timeline))
+    for line in said:
+        typer.echo(line)
 
 
 def _need_plotly() -> None:
@@ -57,17 +61,19 @@ def _need_plotly() -> None:
         fail("a page is drawn by plotly, which is not here: pip install plotly")
 
 
-def _write_page(recording: Recording, path: Path, title: str) -> None:
+def _write_page(recording: Recording, path: Path, title: str) -> str:
+    """Write the page; what is to be said of it."""
     from .report.measured import measure
     from .report.page import page
 
     found = measure(recording, functools.partial(watched, what="reading"))
     text = page(title, recording, found).encode(errors="replace").decode()  # paths may be no UTF-8
     write_text("-o", path, text)
-    typer.echo(f"{path}: {found.steps} steps, {len(text.encode()) / 2**20:.1f} MiB")
+    return f"{path}: {found.steps} steps, {len(text.encode()) / 2**20:.1f} MiB"
 
 
-def _write_trace(recording: Recording, path: Path) -> None:
+def _write_trace(recording: Recording, path: Path) -> str:
+    """Write the time line; what is to be said of it."""
     from .report.trace import trace_of
 
     found = trace_of(recording, functools.partial(watched, what="tracing"))
@@ -76,4 +82,4 @@ def _write_trace(recording: Recording, path: Path) -> None:
     )
     left = found.steps - found.holds
     older = f"; {left} older steps are left out" if left else ""
-    typer.echo(f"{path}: spans of {found.holds} steps{older}; open it at ui.perfetto.dev")
+    return f"{path}: spans of {found.holds} steps{older}; open it at ui.perfetto.dev"

@@ -280,6 +280,21 @@ def test_a_disk_that_is_full_leaves_no_half_page(folder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["recording"]
 
 
+def test_an_output_that_nobody_reads_is_not_blamed_on_the_files(folder, tmp_path):
+    command = [sys.executable, "-m", "flash_eplb.eplb.cli", "report", folder, "--trace", "t.json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    said = "eplb: the output cannot be written: No space left on device\n"
+    assert (found.returncode, found.stderr) == (1, said)
+
+
 def test_what_is_no_recording_is_one_sentence(tmp_path):
     assert "is no folder" in refused(tmp_path / "nothing")
     assert "is no recording: no chunk" in refused(tmp_path)
