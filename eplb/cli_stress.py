@@ -281,18 +281,27 @@ def _run(
     if not console.is_terminal:
         console = Console(width=140)
     with (LiveView if console.is_terminal else PlainView)(console, setup) as view:
-        stress = Stress(
+
+        def show(outcome: Outcome, doing: str) -> None:
+            try:
+                view.show(outcome, doing)
+            except (BrokenPipeError, SystemExit):  # rich makes the latter of the former
+                running.stop()  # nobody reads on: of `| tee` Ctrl-C has ended tee, too
+
+        running = Stress(
             setup, config, {"EPLB_SPAWN_PLANNER": "0"}, names, at_random, seconds, steps,
-            patience, view.show,
+            patience, show,
         )  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stress.stop())
-        outcome = stress.run()
+            signal.signal(number, lambda *_: running.stop())
+        outcome = running.run()
     found = verdicts(outcome, setup, config.policy)
     notes = [limit(outcome, config.ring_steps, os.cpu_count() or 1)]
-    show_verdicts(table_console(140), found, notes)
-    if target:
-        write_figures(target, _as_json(setup, config, outcome, found, notes))
+    try:
+        show_verdicts(table_console(140), found, notes)
+    finally:  # also where nobody reads them
+        if target:
+            write_figures(target, _as_json(setup, config, outcome, found, notes))
     if any(verdict.holds is False for verdict in found):
         return 1
     return 130 if outcome.interrupted else 0

@@ -155,6 +155,17 @@ def test_verdicts_are_whole_where_the_terminal_is_narrow(stress):
     assert "│ no process, no shared memory" in shown
 
 
+def test_its_figures_are_written_though_nobody_reads_on(start_stress, tmp_path):
+    file = tmp_path / "figures.json"
+    process = start_stress("--seconds", 60, "--json", file)
+    while "commits" not in process.stdout.readline():
+        pass
+    process.stdout.close()  # as `| tee`, which Ctrl-C ends, too
+    assert process.wait(60) == 130
+    assert json.loads(file.read_text())["interrupted"]
+    assert process.stderr.read() == ""
+
+
 def test_a_recording_that_fails_is_said_though_every_promise_holds(stress, tmp_path):
     python = """
 import errno, os, sys
