@@ -38,6 +38,10 @@ ENGINE = {
 """Engine arguments of the demo and the tests, in the names of `vllm.LLM`."""
 
 
+open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+"""`urllib.request.urlopen` for servers of this host, which the environment's proxy knows not."""
+
+
 def environment(**settings: object) -> dict[str, str]:
     """The environment for vLLM's CPU build with our patches, and `EPLB_<NAME>` of `settings`."""
     cores = sorted(os.sched_getaffinity(0))
@@ -137,7 +141,7 @@ class VllmServer:
             if self.process.poll() is not None:
                 raise ServerError(f"vllm serve ended:\n{self.text()[-4000:]}")
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                with open_local(f"{self.url}/health", timeout=2):
                     self._ready = True
                     return
             except (urllib.error.URLError, OSError):

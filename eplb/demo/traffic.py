@@ -7,6 +7,7 @@ import random
 import urllib.request
 
 from .checkpoint import TinyMoE
+from .server import open_local
 
 Tokens = list[list[int]]
 
@@ -36,7 +37,7 @@ def complete(url: str, model: str, prompts: Tokens, tokens: int, timeout: float 
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    with open_local(request, timeout=timeout) as answer:
         choices = json.load(answer)["choices"]
     return [choice["token_ids"] for choice in sorted(choices, key=lambda c: c["index"])]
 

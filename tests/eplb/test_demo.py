@@ -1,12 +1,15 @@
 import os
 import re
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from typer.testing import CliRunner
 
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.demo import run as demo
+from flash_eplb.eplb.demo.traffic import complete
 
 
 def test_the_demo_s_planner_records_where_it_is_told(monkeypatch, tmp_path):
@@ -68,3 +71,28 @@ def test_what_is_said_names_the_folder_s_logs_and_no_nan(monkeypatch, tmp_path):
         f"starting vLLM without flash_eplb (log: {tmp_path / 'without.log'})",
         "pass 1/4, topic 0: 9 steps, PAR -, 0 rounds committed, 0 slots moved",
     ]
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"choices": [{"index": 0, "token_ids": [7, 8]}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_what_is_here(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert complete(url, "model", [[1]], 2) == [[7, 8]]
+        server.shutdown()
