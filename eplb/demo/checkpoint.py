@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def _write_tokenizer(size: TinyMoE, folder: Path) -> None:
 
 def write_checkpoint(folder: Path, size: TinyMoE | None = None) -> Path:
     """Write the checkpoint (float32, fixed seed) to `folder` unless it is there; return it.
+
+    The folder is there whole or not at all, whatever ends this.
 
     Embeddings and output rows of a topic share a direction, and in each layer the router rows of
     `top_k` experts, drawn at random, lean towards it: prompts of one topic keep a few experts
@@ -93,7 +96,10 @@ def write_checkpoint(folder: Path, size: TinyMoE | None = None) -> Path:
                 hot = torch.randperm(size.experts, generator=generator)[: size.top_k]
                 router[hot] += direction[topic] * 0.1
             layer.mlp.gate.weight.copy_(router)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float32).save_pretrained(folder)
-    _write_tokenizer(size, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
+        whole = Path(name) / folder.name
+        model.to(torch.float32).save_pretrained(whole)
+        _write_tokenizer(size, whole)
+        whole.rename(folder)
     return folder

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_eplb.eplb.cli import app
+from flash_eplb.eplb.demo import checkpoint
 from flash_eplb.eplb.demo import run as demo
+from flash_eplb.eplb.demo.checkpoint import TinyMoE, write_checkpoint
 from flash_eplb.eplb.demo.traffic import complete
 
 
@@ -96,3 +98,19 @@ def test_a_proxy_of_the_environment_is_not_asked_for_what_is_here(monkeypatch):
         url = f"http://127.0.0.1:{server.server_port}"
         assert complete(url, "model", [[1]], 2) == [[7, 8]]
         server.shutdown()
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_written_anew(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "demo" / "tiny-moe"
+    sizes = TinyMoE(layers=1, experts=4, hidden=8, expert_width=8, vocabulary=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_checkpoint(folder, sizes)
+    written = write_checkpoint(folder, sizes)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(written))
+    assert os.listdir(tmp_path / "demo") == ["tiny-moe"]
+    before = os.stat(written / "config.json").st_mtime_ns
+    assert write_checkpoint(folder, sizes) == folder
+    assert os.stat(written / "config.json").st_mtime_ns == before
