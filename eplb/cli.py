@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from .choice import (
     SETTINGS_OF,
     choose,
     ended_by_ctrl_c,
+    fail,
     initial_of,
     load,
     options_of,
@@ -64,6 +66,9 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _PLAIN = 160
 """Columns of a table where there is no terminal."""
+
+_OF_DEMO = ("vllm", "transformers")
+"""What the demo needs beside our own dependencies."""
 
 _FILES = 16
 """Files that a planner opens before it has found an engine, those of its event loop among them."""
@@ -276,6 +281,12 @@ def demo(
 
     Example: eplb demo --record build/demo/recording
     """
+    missing = [name for name in _OF_DEMO if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(
+            f"the demo runs a real vLLM on the CPU, and {' and '.join(missing)} cannot be imported "
+            "here; `make demo` in a clone sets up what it needs"
+        )
     from .demo.run import run
 
     check_folder("--folder ", folder)

@@ -26,8 +26,20 @@ def test_two_demos_have_two_sessions():
     assert demo.SETTINGS["session"].endswith(f"-{os.getpid()}")
 
 
+def test_without_a_vllm_the_command_says_what_sets_it_up(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "run", lambda *_: 1 / 0)
+    found = CliRunner().invoke(app, ["demo"])
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "eplb: the demo runs a real vLLM on the CPU, and vllm and transformers cannot be imported "
+        "here; `make demo` in a clone sets up what it needs\n",
+    )
+
+
 def test_the_command_passes_the_folder_on(monkeypatch):
     asked = []
+    monkeypatch.setattr("flash_eplb.eplb.cli._OF_DEMO", ())
     monkeypatch.setattr(demo, "run", lambda *arguments: asked.append(arguments) or 0)
     assert CliRunner().invoke(app, ["demo", "--record", "some/where"]).exit_code == 0
     assert asked == [("build/demo", "some/where")]
