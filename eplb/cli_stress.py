@@ -77,7 +77,7 @@ def stress(
     options_of(config, choose(config.policy))
     check_paths(config)
     initial_of(config)
-    folder, code = tempfile.mkdtemp(prefix="eplb-stress-"), 0
+    folder, code = _new_folder(), 0
     try:
         setup = _setup(
             folder, config, scenario, (layers, experts, ranks, slots), tokens, top_k,
@@ -95,6 +95,14 @@ def stress(
         else:
             shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
+
+
+def _new_folder() -> str:
+    """In which the processes meet; the command ends with 2 if there is no place for it."""
+    try:
+        return tempfile.mkdtemp(prefix="eplb-stress-")
+    except OSError as error:
+        fail(f"{error.strerror}; set TMPDIR to a folder in which the stress can write its files")
 
 
 def _faults(text: str) -> list[str]:
@@ -288,10 +296,16 @@ def _run(
             except (BrokenPipeError, SystemExit):  # rich makes the latter of the former
                 running.stop()  # nobody reads on: of `| tee` Ctrl-C has ended tee, too
 
-        running = Stress(
-            setup, config, {"EPLB_SPAWN_PLANNER": "0"}, names, at_random, seconds, steps,
-            patience, show,
-        )  # fmt: skip
+        try:
+            running = Stress(
+                setup, config, {"EPLB_SPAWN_PLANNER": "0"}, names, at_random, seconds, steps,
+                patience, show,
+            )  # fmt: skip
+        except OSError as error:
+            fail(
+                f"{setup.folder} has no room for the stress's figures: {error.strerror}; make "
+                "room, or set TMPDIR to another folder"
+            )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: running.stop())
         outcome = running.run()

@@ -7,6 +7,7 @@ counters or levels that stand for themselves, so nothing here needs an order.
 
 from __future__ import annotations
 
+import os
 from enum import IntEnum
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Figures:
-    """The arrays over one file.
+    """The arrays over one file; OSError where it has no room.
 
     Attributes:
         order: int64 [WORDS], see `Order`.
@@ -113,8 +114,9 @@ class Figures:
             "rows": (layout.ranks, layout.layers, layout.slots),
         }
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        mode = "w+" if create else "r+"
-        words = np.memmap(path, np.int64, mode, shape=(sum(sizes),))  # type: ignore[call-overload]
+        if create:
+            _reserve(path, 8 * sum(sizes))
+        words = np.memmap(path, np.int64, "r+", shape=(sum(sizes),))
         areas = np.split(np.asarray(words), np.cumsum(sizes)[:-1])
         for name, area in zip(shapes, areas, strict=True):
             setattr(self, name, area.reshape(shapes[name]))
@@ -125,3 +127,9 @@ class Figures:
     tokens: np.ndarray
     loads: np.ndarray
     rows: np.ndarray
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of `size` zeros whose pages are there: of one that is full a write would be SIGBUS."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)

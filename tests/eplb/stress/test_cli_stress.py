@@ -418,6 +418,23 @@ def test_without_room_in_shared_memory_it_says_so(environment):
     assert "/dev/shm has 1.0 MiB free" in result.stderr
 
 
+def test_without_room_for_its_files_it_says_so(environment, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    environment.setattr("flash_eplb.eplb.stress.figures.os.posix_fallocate", full)
+    environment.setattr("tempfile.tempdir", str(tmp_path))
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"eplb: {tmp_path}/eplb-stress-")
+    assert " has no room for the stress's figures: No space left on device; make " in result.stderr
+    assert os.listdir(tmp_path) == []
+    environment.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    assert result.exit_code == 2
+    assert "set TMPDIR to a folder in which the stress can write" in result.stderr
+
+
 def test_where_no_mount_can_be_private_it_says_so(environment, tmp_path):
     (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "unshare").chmod(0o755)
