@@ -219,8 +219,13 @@ def _bytes(setup: Setup, config: Config) -> tuple[int, int]:
 def _check_session(session: str) -> None:
     """End the command with 2 if an engine or a planner lives there, which would meet ours."""
     from ..ipc.liveness import SegmentError, owner_is_alive
-    from ..ipc.session import segment_names
+    from ..ipc.session import segment_names, session_lock
 
+    try:
+        with session_lock(session):
+            pass
+    except SegmentError as error:  # said now, not when all is to be removed
+        fail(str(error))
     for name in segment_names(session):
         try:
             living = owner_is_alive(name)

@@ -47,15 +47,21 @@ def no_room(name: str, size: int, error: OSError) -> str:
     """What to say when `size` bytes for segment `name` could not be had at its creation."""
     if why := lack_of_files(error):
         return f"shared memory {name} cannot be made: {why}"
+    lower = "lower EPLB_RING_STEPS or " * (size >= 2**20)  # in less there is no ring to speak of
     return (
         f"shared memory {name} needs {_mib(size)}, /dev/shm has {_mib(free_bytes())} free "
-        f"({error.strerror}); lower EPLB_RING_STEPS or {_enlarge(size)}"
+        f"({error.strerror}); {lower}{_enlarge(size)}"
     )
 
 
 def lack(error: OSError) -> str:
     """What to say where `error` is that a file in /dev/shm could not be opened or made for a limit
-    on their number; "" if it is another one."""
+    on their number, or because nobody can make one there; "" if it is another one."""
+    if not os.access("/dev/shm", os.W_OK):
+        return (
+            f"{error.strerror}: this user cannot make files in /dev/shm; let all write there "
+            "(mount -o remount,rw,mode=1777 /dev/shm)"
+        )
     status = os.statvfs("/dev/shm")
     if error.errno == errno.ENOSPC and status.f_files and not status.f_favail:
         return (
@@ -120,4 +126,4 @@ def _files_left() -> int:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 or not size else f"{-(-size // 1024)} KiB"

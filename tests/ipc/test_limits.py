@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flash_eplb.ipc.doorbell import Doorbell
-from flash_eplb.ipc.limits import LimitError, check_files, check_memory
+from flash_eplb.ipc.limits import LimitError, check_files, check_memory, no_room
 from flash_eplb.ipc.liveness import SegmentError
 from flash_eplb.ipc.names import bell_name, lock_name, planner_name
 from flash_eplb.ipc.segment import take_name
@@ -199,3 +199,28 @@ def test_each_trouble_with_the_doorbell_has_its_remedy(monkeypatch, name, number
 def test_without_message_queues_there_is_a_doorbell_all_the_same(limit, name):
     limit(resource.RLIMIT_MSGQUEUE, 0)
     Doorbell.create(name).close()
+
+
+def test_a_shared_memory_that_cannot_be_written_is_not_blamed_on_the_session(session, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SegmentError) as error:
+        take_name(session, planner_name(session), b"", 10, 1)
+    assert str(error.value) == (
+        f"the lock of session {session!r} (/dev/shm{lock_name(session)}) cannot be opened: "
+        "Read-only file system: this user cannot make files in /dev/shm; let all write there "
+        "(mount -o remount,rw,mode=1777 /dev/shm)"
+    )
+
+
+def test_a_lack_of_little_is_told_in_figures_that_are_not_zero(free, session, monkeypatch):
+    free(0, of=1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert no_room(planner_name(session), 1500, full) == (
+        f"shared memory {planner_name(session)} needs 2 KiB, /dev/shm has 0.0 MiB free (No space "
+        "left on device); enlarge it (docker run --shm-size=1g, mount -o remount,size=1G /dev/shm)"
+    )
+    assert "; lower EPLB_RING_STEPS or enlarge it " in no_room(planner_name(session), 2**20, full)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from flash_eplb.collectors.synthetic import SCENARIOS
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.stress.faults import FAULTS
-from flash_eplb.ipc.names import planner_name, rank_name
+from flash_eplb.ipc.names import lock_name, planner_name, rank_name
 from flash_eplb.ipc.segment import take_name
 from flash_eplb.ipc.session import segment_names
 from flash_eplb.planners.recording import Recording
@@ -416,6 +416,17 @@ def test_without_room_in_shared_memory_it_says_so(environment):
     assert result.exit_code == 2
     assert "4 ranks need" in result.stderr
     assert "/dev/shm has 1.0 MiB free" in result.stderr
+
+
+def test_a_session_whose_names_cannot_be_made_is_refused_at_the_start(session, environment):
+    lock = "/dev/shm" + lock_name(session)
+    os.symlink("/dev/null", lock)
+    environment.setenv("EPLB_SESSION", session)
+    environment.setattr("flash_eplb.eplb.stress.stress.Stress.run", lambda *_: sys.exit(7))
+    result = CliRunner().invoke(app, ["stress", "--seconds", "1"])
+    os.unlink(lock)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"eplb: the lock of session {session!r} ({lock}) cannot be ")
 
 
 def test_without_room_for_its_files_it_says_so(environment, tmp_path):
