@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .child import command_of
 from .choice import choose, fail, initial_of, load, one_sentence, options_of
 from .output import check_paths, table_console, target_of, write_figures
 
@@ -258,7 +259,7 @@ def _again_in_private() -> NoReturn:
             "shm-full needs a mount namespace of its own and `unshare --mount` is refused here; "
             "run as root, in a container with CAP_SYS_ADMIN, or name the other --faults"
         )
-    again = [sys.executable, "-m", "flash_eplb.eplb.cli", *sys.argv[1:], "--private-shm"]
+    again = command_of("cli", *sys.argv[1:], "--private-shm")
     os.execvp(_UNSHARE[0], [*_UNSHARE, *again])
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import time
 
 from ..ipc.liveness import SegmentError, owner_is_alive
 from ..ipc.names import planner_name
 from ..planners.life import silent_planner
+from .child import command_of
 from .config import Config
 
 log = logging.getLogger("flash_eplb.worker")
@@ -92,8 +92,8 @@ class PlannerWatch:
             return
         self._spawned, self._next_spawn = now, now + self._pause
         self._pause = min(2 * self._pause, _SPAWN_AFTER[1])
-        command = [sys.executable, "-m", "flash_eplb.eplb.cli", "planner", "--exit-with-engine"]
-        command += ["--parent", str(os.getpid())]  # we may be killed before it has found the engine
+        parent = str(os.getpid())  # we may be killed before it has found the engine
+        command = command_of("cli", "planner", "--exit-with-engine", "--parent", parent)
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             # It inherits the core that this worker computes on; give it all, and a low priority.

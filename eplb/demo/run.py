@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...ipc.status import Field
+from ..child import command_of
 from ..choice import par_text
 from .checkpoint import TinyMoE, write_checkpoint
 from .observer import Observer
@@ -149,7 +150,7 @@ def _one_pass(
 def _start_planner(log: Path, record: str) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "flash_eplb.eplb.cli", "planner"],
+            command_of("cli", "planner"),
             env=environment(**SETTINGS, record=record),
             stdin=subprocess.DEVNULL,
             stdout=output,

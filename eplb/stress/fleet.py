@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from ...ipc.names import planner_name
 from ...ipc.session import remove_dead, session_lock
 from ...ipc.status import Field
 from ...planners.group import Group
+from ..child import command_of
 from .figures import Order, Planned, Rank
 from .setup import Setup
 
@@ -234,11 +234,11 @@ class Fleet:
         self, kind: str, *arguments: str, setup: Setup | None = None
     ) -> subprocess.Popen[bytes]:
         setup = setup or self.setup
-        command = [sys.executable, "-m", f"flash_eplb.eplb.stress.{kind}", setup.encoded()]
+        command = command_of(f"stress.{kind}", setup.encoded(), *arguments)
         number = int(arguments[0]) if arguments else 0
         with open(Path(setup.folder) / f"{kind}-{number}.log", "ab") as log:
             return subprocess.Popen(
-                [*command, *arguments],
+                command,
                 env={**self._environment, "EPLB_SESSION": setup.session},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from flash_eplb.eplb import planner_watch
+from flash_eplb.eplb.child import command_of
 from flash_eplb.eplb.config import load_config
 from flash_eplb.eplb.planner_watch import PlannerWatch
 from flash_eplb.ipc.liveness import SegmentError
@@ -203,7 +204,7 @@ def test_a_planner_is_started_at_once_and_only_one(world, spawned, caplog):
     looks(watch, world, 100)
     ((command, options, process),) = spawned
     assert command == [
-        *(sys.executable, "-m", "flash_eplb.eplb.cli"),
+        *command_of("cli"),
         *("planner", "--exit-with-engine", "--parent", str(os.getpid())),
     ]
     assert options == {"stdin": subprocess.DEVNULL}
