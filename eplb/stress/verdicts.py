@@ -110,6 +110,8 @@ def _gain(outcome: Outcome, setup: Setup, policy: str) -> Verdict:
         return Verdict("the ranks are evener", None, figure + "; not judged against an adversary")
     if policy in ("static", "random"):
         return Verdict("the ranks are evener", None, figure + f"; not what {policy} is for")
+    if not outcome.commits:
+        return Verdict("the ranks are evener", None, figure + ", and nothing has")
     return Verdict("the ranks are evener", par <= NO_WORSE * unmoved, figure)
 
 

@@ -114,6 +114,12 @@ def test_a_policy_that_does_not_balance_is_not_judged_by_it(policy):
     assert unjudged(good(samples=samples(par=1.6)), policy=policy) == ["the ranks are evener"]
 
 
+def test_ranks_are_not_called_evener_where_nothing_has_moved():
+    still = good(commits=0, samples=samples(par=1.5))
+    assert (unjudged(still), broken(still)) == (["the ranks are evener"], [])
+    assert broken(good(commits=0), replace_setup(scenario="balanced")) == []
+
+
 def test_an_adversary_is_not_judged():
     setup = replace_setup(scenario="adversarial")
     assert unjudged(good(samples=samples(par=1.6)), setup) == ["the ranks are evener"]
