@@ -47,6 +47,11 @@ def notice() -> str:
     )
 
 
+def place() -> str:
+    """Where numba keeps compiled kernels, in words."""
+    return os.environ.get(VARIABLE) or f"{Path(__file__).parent} or {_user_wide()}"
+
+
 def _forget_old_kernels() -> None:
     """Remove what was compiled in the packages before a source with kernels was changed.
 

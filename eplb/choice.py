@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ..planners.policy import Choice, Policy
 
 log = logging.getLogger("flash_eplb.planner")
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""How a file refuses what is written to it; of a pipe typer sees to it."""
 
 BY_SETTING = "EPLB_POLICY="
 """What names a policy, as an error says it, if no option does."""
@@ -84,6 +88,24 @@ def ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def keeping_kernels() -> Iterator[None]:
+    """End the command with 1 where what is compiled finds no room on the disk."""
+    from ..kernel_cache import VARIABLE, place
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        typer.echo(
+            f"eplb: compiled kernels cannot be kept in {place()}: {error.strerror}; make room "
+            f"there, or set {VARIABLE} to a folder with 30 MiB",
+            err=True,
+        )
+        raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import importlib.util
 import io
 import logging
@@ -21,10 +20,12 @@ from . import cli_plan, cli_record, cli_replay, cli_report, cli_stress
 from . import config as settings
 from .choice import (
     SETTINGS_OF,
+    UNWRITABLE,
     choose,
     ended_by_ctrl_c,
     fail,
     initial_of,
+    keeping_kernels,
     load,
     options_of,
     pace_of,
@@ -60,9 +61,6 @@ _COUNTERS = {
 
 _RARE = ("stale", "mismatches", "heat_merged", "heat_dropped", "quarantined_rows", "damaged")
 """Words that it shows where they are not zero."""
-
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""How a file refuses what is written to it; of a pipe typer sees to it."""
 
 _PLAIN = 160
 """Columns of a table where there is no terminal."""
@@ -161,6 +159,8 @@ def run_planner(
 def compile_kernels(choice: Choice | None = None) -> None:
     """Compile, or load from the cache, all kernels of the planner and its policy.
 
+    The command ends with 1 where there is no room to keep them.
+
     Args:
         choice: the policy; None for the default one.
     """
@@ -170,8 +170,9 @@ def compile_kernels(choice: Choice | None = None) -> None:
 
     if text := notice():
         log.warning(text)
-    engine_loop.warmup()
-    (choice or choose_policy(DEFAULT)).warm_up()
+    with keeping_kernels():
+        engine_loop.warmup()
+        (choice or choose_policy(DEFAULT)).warm_up()
 
 
 @app.command("config")
@@ -335,7 +336,7 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in UNWRITABLE:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         sys.exit(f"eplb: the output cannot be written: {error.strerror}")

@@ -16,6 +16,7 @@ from .choice import (
     choose,
     ended_by_ctrl_c,
     fail,
+    keeping_kernels,
     load,
     one_sentence,
     options_of,
@@ -155,7 +156,8 @@ def _maker(config: Config, choice: Choice) -> Callable[[int, int], Policy]:
         if name in choice.options and settings.source(name) != "default":
             typer.echo(f"eplb: {settings.PREFIX}{name.upper()} does nothing here", err=True)
     try:
-        choice.warm_up()
+        with keeping_kernels():
+            choice.warm_up()
     except PolicyError as error:
         raise refusal(error) from None
     return lambda ranks, slots: policy_of(config, choice, ranks, slots, options)

@@ -15,6 +15,7 @@ from .choice import (
     choose,
     ended_by_ctrl_c,
     fail,
+    keeping_kernels,
     load,
     one_sentence,
     options_of,
@@ -135,7 +136,8 @@ def _replay(
     ranks, slots = start.shape[1:]
     try:
         options = {} if quiet else options_of(config, choice, by)
-        choice.warm_up()
+        with keeping_kernels():
+            choice.warm_up()
         policy = policy_of(config, choice, ranks, slots, options)
     except PolicyError as error:
         raise refusal(error, by) from None

@@ -102,6 +102,7 @@ class Choice:
 
         Raises:
             PolicyError: it fails.
+            OSError: the kernels of one of ours find no room on the disk.
         """
         warmup = getattr(importlib.import_module(self.module), "warmup", None)
         if warmup is None:
@@ -109,6 +110,8 @@ class Choice:
         try:
             warmup()
         except (Exception, SystemExit) as error:
+            if self.name in BUILT_IN and isinstance(error, OSError):
+                raise  # which is no fault of the policy
             raise PolicyError(
                 f"EPLB_POLICY={self.name!r} cannot be used: {self.module}.warmup() failed with "
                 f"{_in_words(error)}"
