@@ -90,7 +90,7 @@ def stress(
         _check_limits(setup, config)
         code = _run(setup, config, names, faults == "random", seconds, steps, patience, target)
     finally:
-        _say_unwritten(folder)
+        _say_undone(folder)
         if code == 1:
             typer.echo(f"eplb: what the processes said is in {folder}", err=True)
         else:
@@ -135,11 +135,11 @@ def _recorded_shape(context: typer.Context, path: str) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _say_unwritten(folder: str) -> None:
-    """Say what planners could not write of what EPLB_RECORD and EPLB_SAVE_PLACEMENT ask for."""
+def _say_undone(folder: str) -> None:
+    """Say what planners could not read or write of what the settings of their files ask for."""
     for path in sorted(Path(folder).glob("planner_process-*.log")):
         for line in path.read_text(errors="replace").splitlines():
-            if re.search(" ERROR .* EPLB_(RECORD|SAVE_PLACEMENT)=", line):
+            if re.search(" ERROR .* EPLB_(RECORD|(SAVE|INITIAL)_PLACEMENT)=", line):
                 typer.echo(f"eplb: {line.partition('] ')[2]}", err=True)
 
 

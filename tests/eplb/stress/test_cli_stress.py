@@ -18,7 +18,9 @@ from flash_eplb.eplb.stress.faults import FAULTS
 from flash_eplb.ipc.names import lock_name, planner_name, rank_name
 from flash_eplb.ipc.segment import take_name
 from flash_eplb.ipc.session import segment_names
+from flash_eplb.planners.expert_map import encode_map
 from flash_eplb.planners.recording import Recording
+from flash_eplb.planners.replay import linear_placement
 
 QUICK = {
     "EPLB_EPISODE_STEPS": "4",
@@ -183,6 +185,16 @@ if any("planner_process" in word for word in sys.orig_argv):
     assert code == 0, out
     assert complaints.startswith(f"eplb: recording to EPLB_RECORD={folder} has stopped, planning")
     assert "No space left on device" in complaints
+
+
+def test_a_map_of_another_shape_is_said(stress, tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text(encode_map(linear_placement(4, 64, 4, 18)))
+    arguments = ("--layers", 3, "--steps", 1)
+    code, _, complaints = stress(*arguments, EPLB_INITIAL_PLACEMENT=str(path))
+    assert code == 0
+    assert complaints.startswith(f"eplb: EPLB_INITIAL_PLACEMENT={path} is for 4 layers, 64 experts")
+    assert "and this engine has 3 layers, 64 experts on 4 ranks x 18 slots" in complaints
 
 
 def test_recorded_heat_is_replayed(stress, tmp_path):
