@@ -8,7 +8,7 @@ from numba import njit
 from .layer import FAST
 
 BAND = 64
-"""Ranks compared for each expert; with more ranks, bands of them take turns."""
+"""Ranks compared for each replica; of more ranks, those of the band that bears least."""
 
 FULL = np.float32(1e30)
 """Cost of a rank that cannot take the expert."""
@@ -38,14 +38,18 @@ def place(heat, counts, ranks, slots):
     for rank in range(ranks, bands * wide):
         closed[rank // wide, rank % wide] = FULL
     unit, weight = _units(heat, counts, rows)
-    for turn, expert in enumerate(np.argsort(weight)):
-        known = 0  # bands of which the cost is known
+    borne = np.zeros(bands, np.float32)  # heat per rank of each band
+    priced = np.full(bands, -1)  # the expert whose cost is known there
+    tried = np.empty(bands, np.bool_)
+    for expert in np.argsort(weight):
         for _ in range(counts[expert]):
             rank = -1
-            for tried in range(bands):
-                band = (turn + tried) % bands
-                if tried == known:
-                    known += 1
+            tried[:] = False
+            for _ in range(bands):
+                band = _least_of_others(borne, tried)
+                tried[band] = True
+                if priced[band] != expert:
+                    priced[band] = expert
                     for i in range(wide):
                         cost[band, i] = closed[band, i]
                     for t in range(0, rows, 4):
@@ -70,11 +74,22 @@ def place(heat, counts, ranks, slots):
             placement[rank, filled[rank]] = expert
             filled[rank] += 1
             cost[band, i] = FULL
+            borne[band] -= weight[expert] / min(wide, ranks - band * wide)
             for t in range(rows):
                 loads[band, t, i] += unit[expert, t]
             if filled[rank] == slots:
                 closed[band, i] = FULL
     return placement, _peaks(loads)
+
+
+@njit(**FAST)
+def _least_of_others(values, left_out):
+    """Where the least of those is that are not left out; -1 if all are."""
+    least = -1
+    for i in range(len(values)):
+        if not left_out[i] and (least < 0 or values[i] < values[least]):
+            least = i
+    return least
 
 
 @njit(**FAST)

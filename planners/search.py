@@ -23,6 +23,10 @@ SCORED = 8
 CAUTION = 0.004
 """PAR that a slack of 2 must win over one of 1: heavier replicas suffer more when heat changes."""
 
+COARSE = 0.45
+"""Load of a rank that a replica may be before slacks above the first are tried in any case: few
+experts on a rank even each other out only if their replicas fit together."""
+
 TELLING = 8
 """Episodes that show how heat changes; with fewer there is as much more caution."""
 
@@ -315,7 +319,8 @@ def _best_vectors(layer, effort):
 def _count_vectors(layer, effort):
     """All different vectors of replica counts: (int32[n, E], PAR that each must win).
 
-    Where no expert needs many replicas another slack changes little.
+    Where no expert needs many replicas, and none is much of a rank's load, another slack changes
+    little.
     """
     ranks, slots = layer.placement.shape
     experts, episodes = layer.heat.shape
@@ -346,7 +351,10 @@ def _count_vectors(layer, effort):
                 vectors[n] = counts
                 cautions[n] = caution * (slack - 1)
                 n += 1
-                is_heavy |= n == 1 and counts.max() >= effort.heavy * ranks
+                if n == 1:
+                    is_heavy = counts.max() >= effort.heavy * ranks
+                    heaviest = (layer.mean / counts).max()
+                    is_heavy |= heaviest >= COARSE * layer.mean.sum() / ranks
     return vectors[:n], cautions[:n]
 
 

@@ -7,6 +7,7 @@ import pytest
 from checker import assert_leads, gains_per_move, ratios
 from heats import EVEN_SOON, initial, shuffled, uneven, window, zipf
 
+from flash_eplb.planners.deepseek import DeepSeek
 from flash_eplb.planners.flashlb import FlashLB
 
 EFFORTS = ["fast", "balanced", "thorough"]
@@ -64,6 +65,19 @@ def test_small_layers_are_planned_all_but_best():
     assert min(excess) > -1e-9
     assert np.mean(excess) < 0.005
     assert max(excess) < 0.02
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("skew", [0.8, 1.2])
+@pytest.mark.parametrize("shape", [(512, 512, 2), (256, 128, 3), (512, 256, 4), (384, 200, 3)])
+def test_many_ranks_with_few_slots_are_evener_than_the_greedy_makes_them(shape, skew, effort):
+    experts, ranks, slots = shape
+    rng = np.random.default_rng(8)
+    heat = window(rng, zipf(rng, 1, experts, skew), 16, tokens=1_000_000)
+    placement = initial(1, ranks, slots, experts)
+    greedy = DeepSeek(ranks, slots).plan(heat, placement).placement
+    ours = FlashLB(ranks, slots, effort=effort).plan(heat, placement).placement
+    assert ratios(heat, ours)[0] < ratios(heat, greedy)[0] + 0.002
 
 
 @pytest.mark.parametrize("every_layer", [False, True])

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 from checker import assert_valid, ratios
-from heats import shapes
+from heats import shapes, zipf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_eplb.planners.counts import least_threshold, replica_counts
 from flash_eplb.planners.place import place
 
 
@@ -54,3 +55,12 @@ def test_experts_that_are_hot_together_part():
     placement, peaks = place(heat, np.ones(4, np.int32), 2, 2)
     assert peaks == 20
     np.testing.assert_allclose(ratios(heat.T[:, None], placement[None]), 1)
+
+
+def test_more_ranks_than_are_compared_get_as_much_as_each_other():
+    rng = np.random.default_rng(3)
+    heat = zipf(rng, 1, 512, 1.2)[0].astype(np.float32)
+    counts = replica_counts(heat, 1024, 256, least_threshold(heat, 1024, 256), np.float32(1.3))
+    placement, peak = place(heat[:, None], counts, 256, 4)
+    assert_valid(placement[None], 512)
+    assert peak * 256 < 1.05
