@@ -18,9 +18,8 @@ from .memory import shares
 LARGELY = 0.3
 """Share of the variance between episodes that chance must explain."""
 
-MOSTLY = 0.75
-"""Share of the variance from episode to episode that it must explain so that no more is asked: the
-rest stays in the episodes that are planned for, and a plan that fits it wins nothing later."""
+MOSTLY = 0.5
+"""Share of the variance from episode to episode that it must explain so that no more is asked."""
 
 MUCH = 4.0
 """Times the variance between episodes that it may be: counts that vary less are not by chance."""

@@ -55,19 +55,6 @@ def test_counts_that_vary_by_more_than_chance_give_no_second_plan_either():
         assert not planner.plan(heat[now - 64 : now], placement)
 
 
-@pytest.mark.parametrize(("tokens", "shape"), [(600, 20), (1200, 20), (2400, 60)])
-def test_uneven_counts_that_vary_by_more_than_chance_are_not_planned_again_and_again(tokens, shape):
-    rng = np.random.default_rng(0)
-    popularity, planner = tokens * zipf(rng, 2, 256, 0.9), FlashLB(32, 9)
-    heat = rng.poisson(popularity * rng.gamma(shape, 1 / shape, (400, *popularity.shape)))
-    placement, plans = initial(2, 32, 9, 256), []
-    for now in range(8, len(heat), 8):
-        plan = planner.plan(heat[max(0, now - 64) : now], placement)
-        placement = plan.placement
-        plans.append(bool(plan))
-    assert sum(plans[15:]) <= 2
-
-
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("episodes", [8, 24])
 def test_a_layer_without_tokens_in_half_of_each_window_is_planned_beside_others(half, episodes):
