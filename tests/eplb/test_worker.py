@@ -187,8 +187,8 @@ def test_too_little_shared_memory_is_refused_for_the_whole_group(workers, sessio
     group = workers()
     group.step()
     for worker in group.workers:
-        assert "EP rank 0: 2 ranks need 0." in worker.refused
-        assert "/dev/shm has 0.1 MiB free; enlarge it (docker run" in worker.refused
+        assert "EP rank 0: 2 ranks need " in worker.refused
+        assert "/dev/shm has 98 KiB free; enlarge it (docker run" in worker.refused
     assert segment_names(session) == []
 
 
