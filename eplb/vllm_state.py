@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,16 +103,10 @@ class FlashState:
 
     def _make_worker(self, is_dummy: bool) -> None:
         states = list(self.model_states.values())
-        coordinator = get_ep_group()
         self._agreed = True
-        worker, mine = None, self.inert
-        try:
-            mine = mine or self._unsupported(states, coordinator.world_size)
-            worker = None if mine else self._worker_of(states, coordinator)
-        except Exception as error:  # it is our question, and the engine serves on without us
-            log.exception("flash_eplb does not fit the models of this rank")
-            mine = f"{type(error).__name__}: {error}"
-        self.inert = balanced.agree(coordinator.cpu_group, mine)
+        worker = self._agreed_on(lambda: self._worker_of(states))
+        if len(states) > 1 and not self.inert:  # all ranks ask this, or none: it is a collective
+            worker = self._agreed_on(lambda: self._worker_of(self._loaded(states)))
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
@@ -119,42 +114,61 @@ class FlashState:
         if worker is not None and not is_dummy:
             worker.forward(0)  # the pass that this first step ends
 
-    def _worker_of(self, states: list[Any], coordinator: Any) -> Worker:
+    def _agreed_on(self, make: Callable[[], Worker]) -> Worker | None:
+        """What `make` gives, if it does so on all ranks; where it does not, `inert` says why."""
+        worker, mine = None, self.inert
+        try:
+            worker = None if mine else make()
+        except UnsupportedError as error:
+            mine = str(error)
+        except Exception as error:  # it is our question, and the engine serves on without us
+            log.exception("flash_eplb does not fit the models of this rank")
+            mine = f"{type(error).__name__}: {error}"
+        self.inert = balanced.agree(get_ep_group().cpu_group, mine)
+        return worker
+
+    def _worker_of(self, states: list[Any]) -> Worker:
         from .scales import scales_of
         from .worker import Worker
 
-        ranks = coordinator.world_size
-        engine = self._make_engine(states, coordinator)
-        group = balanced.group_of(coordinator, self.parallel_config.tensor_parallel_size)
-        experts = states[-1].logical_replica_count.shape[1]
-        loaded = [one for one in states[:-1] if self._is_loaded(one, group, experts)]
-        if len(loaded) < len(states) - 1:
-            states = [*loaded, states[-1]]
-            engine = self._make_engine(states, coordinator)
+        ranks = get_ep_group().world_size
+        if reason := self._unsupported(states, ranks):
+            raise UnsupportedError(reason)
+        engine = self._make_engine(states, get_ep_group())
         unsupported = functools.partial(self._unsupported, states, ranks)
         scales = functools.partial(scales_of, states, ranks)
-        return Worker(self.config, group, engine, engine.models, experts, unsupported, scales)
+        experts = _experts(states)
+        return Worker(
+            self.config, self._group(), engine, engine.models, experts, unsupported, scales
+        )
 
-    def _is_loaded(self, drafter: Any, group: Group, experts: int) -> bool:
-        """Whether the replicas of a drafter's experts are alike; a collective of all ranks.
+    def _group(self) -> Group:
+        return balanced.group_of(get_ep_group(), self.parallel_config.tensor_parallel_size)
+
+    def _loaded(self, states: list[Any]) -> list[Any]:
+        """Without the drafters whose replicas of experts differ; a collective of all ranks.
 
         vLLM gives some drafters (MTP of DeepSeek and GLM) slots for replicas, and loads nothing
         there. That is no reason to leave the main model unbalanced.
         """
         from .reference import take_reference
 
-        try:
-            take_reference(group, self._make_engine([drafter], get_ep_group()), experts)
-        except UnsupportedError as error:
-            log.warning(
-                "flash_eplb leaves the experts of %s where they are, and balances the main model: "
-                "%s. vLLM loads no redundant experts of some drafters, whose drafts are worse for "
-                "it; with num_redundant_experts=0 there are none",
-                drafter.model_name,
-                str(error).partition(" (")[0],
-            )
-            return False
-        return True
+        loaded = []
+        for drafter in states[:-1]:
+            engine = self._make_engine([drafter], get_ep_group())
+            try:
+                take_reference(self._group(), engine, _experts(states))
+            except UnsupportedError as error:
+                log.warning(
+                    "flash_eplb leaves the experts of %s where they are, and balances the main "
+                    "model: %s. vLLM loads no redundant experts of some drafters, whose drafts are "
+                    "worse for it; with num_redundant_experts=0 there are none",
+                    drafter.model_name,
+                    str(error).partition(" (")[0],
+                )
+            else:
+                loaded.append(drafter)
+        return [*loaded, states[-1]]
 
     def _unsupported(self, states: list[Any], ranks: int) -> str:
         return unsupported_model(states, ranks) or divided_batch(states)
@@ -163,6 +177,11 @@ class FlashState:
         from ..loaders.vllm_engine import VllmEngine
 
         return VllmEngine(states, coordinator.world_size)
+
+
+def _experts(states: list[Any]) -> int:
+    """Logical experts per layer, of all models alike."""
+    return int(states[-1].logical_replica_count.shape[1])
 
 
 class FlashEplbState(FlashState, EplbState):

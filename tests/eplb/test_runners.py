@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from flash_eplb.eplb import balanced
 from flash_eplb.eplb.group import UnsupportedError
 from flash_eplb.eplb.runners import follow_runner_v2, follow_warm_up
 from flash_eplb.ipc.flags import FLAG_DECODE, FLAG_PREFILL
@@ -225,7 +226,7 @@ def test_a_drafter_whose_replicas_were_not_loaded_is_left_out(
     monkeypatch.setattr("flash_eplb.eplb.reference.take_reference", take_reference)
     unmade._make_worker(is_dummy=True)
     assert asked == [([drafter], 4)]
-    engine, unsupported = unmade.made[0][2], unmade.made[0][-2]
+    engine, unsupported = unmade.made[-1][2], unmade.made[-1][-2]
     kept = [drafter, main] if is_loaded else [main]
     assert engine.states == kept
     assert unsupported.args[0] == kept  # after updates, too
@@ -233,6 +234,17 @@ def test_a_drafter_whose_replicas_were_not_loaded_is_left_out(
         "leaves the experts of m (draft) where they are, and balances the main model: layer 0 "
         "expert 3: the replica on rank 1 has other weights. vLLM" in caplog.text
     )
+
+
+def test_of_a_drafter_no_rank_asks_what_another_that_cannot_balance_does_not(unmade, monkeypatch):
+    """It would meet that one's words in a collective that is about something else."""
+    unmade.model_states = {"draft": SimpleNamespace(model_name="draft"), **unmade.model_states}
+    monkeypatch.setattr(balanced, "agree", lambda group, reason: reason or "no kernels on another")
+    asked = []
+    monkeypatch.setattr("flash_eplb.eplb.reference.take_reference", lambda *_: asked.append(_))
+    unmade._make_worker(is_dummy=True)
+    assert (asked, unmade.worker) == ([], None)
+    assert unmade.inert == "no kernels on another"
 
 
 @pytest.mark.parametrize("question", ["_unsupported", "_make_engine"])
