@@ -147,10 +147,15 @@ class Group:
     def read_heat(self, phase: str = "all") -> Iterator[StepHeat]:
         """The steps that all counting ranks have recorded since the last call, oldest first.
 
+        What they record meanwhile may be left to the next call: an engine that is faster than it is
+        read would not let us out.
+
         Args:
             phase: as of `group_heat`; steps of another phase are left out, and dummy steps.
         """
-        while self._read_some():
+        left = self.shape.ring_slots
+        while left > 0 and (found := self._read_some()):
+            left -= found
             for parts in self._matcher.take():
                 flags = {part.flags for part in parts}
                 is_phased = not flags <= {0, FLAG_DUMMY}
@@ -161,15 +166,15 @@ class Group:
                 elif is_phased and not self._seen:
                     self.out_of_phase += parts[0].span
 
-    def _read_some(self) -> bool:
+    def _read_some(self) -> int:
         """Take the next records of each rank, not all: rings that are full are as large as memory
-        may be. Returns whether there were any."""
+        may be. Returns how many the rank had that had most."""
         found = 0
         for number, rank in enumerate(self._counting):
             records = rank.heat.read()
             self._matcher.add(number, records)
-            found += len(records.steps)
-        return found > 0
+            found = max(found, len(records.steps))
+        return found
 
     def read_transfers(self) -> np.ndarray:
         """`chunk.RANK_TRANSFER` records of the rounds that have ended since the last call."""

@@ -6,6 +6,7 @@ import re
 import sys
 import tracemalloc
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,22 @@ def test_full_rings_are_not_held_in_memory_at_once(session):
     engine.close()
     assert steps == 1024
     assert peak < 4 * 1024 * record / 3
+
+
+def test_an_engine_that_is_faster_than_it_is_read_lets_the_planner_go_on(session, monkeypatch):
+    engine = FakeEngine(session, counting=(0, 1), ring=64)
+    group = Group.attach(session)
+    read = group.ranks[0].heat.read
+
+    def read_late():
+        engine.step(SKEWED)
+        return read()
+
+    monkeypatch.setattr(group.ranks[0].heat, "read", read_late)
+    seen = [step.step for step in islice(group.read_heat(), 1000)]
+    seen += [step.step for step in islice(group.read_heat(), 1000)]
+    group.close()
+    engine.close()
+    assert len(seen) == 128
+    assert seen == list(range(seen[0], seen[0] + 128))
+    assert not group.lost
