@@ -325,18 +325,17 @@ def test_a_rank_that_is_not_updated_refuses_it_to_the_others(moving, monkeypatch
 
 
 def test_a_rank_whose_write_took_long_is_waited_for_as_long_again(moving, monkeypatch):
-    monkeypatch.setattr(weight_update, "PATIENCE", 0.2)
     group = moving()
     group.move()
+    group.run(lambda rank: group.workers[rank].begin_update())
+    monkeypatch.setattr(weight_update, "PATIENCE", 0.1)
 
-    def one(rank):
-        group.workers[rank].begin_update()
-        begun = time.monotonic()
+    def end(rank):
         group.write(rank)
-        time.sleep(1.2 if rank else 0.7)
-        group.workers[rank].end_update(time.monotonic() - begun)
+        time.sleep(0.5 * rank)
+        group.workers[rank].end_update(60.0)
 
-    group.run(one)
+    group.run(end)
     assert not any(worker.is_updating for worker in group.workers)
     group.move()
     group.check(is_new=True)
