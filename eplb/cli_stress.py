@@ -136,11 +136,15 @@ def _recorded_shape(context: typer.Context, path: str) -> tuple[int, int]:
 
 
 def _say_undone(folder: str) -> None:
-    """Say what planners could not read or write of what the settings of their files ask for."""
+    """Say once what planners could not read or write of what the settings of their files ask for;
+    each that a fault makes begin anew says it again."""
+    said: dict[str, None] = {}
     for path in sorted(Path(folder).glob("planner_process-*.log")):
         for line in path.read_text(errors="replace").splitlines():
             if re.search(" ERROR .* EPLB_(RECORD|(SAVE|INITIAL)_PLACEMENT)=", line):
-                typer.echo(f"eplb: {line.partition('] ')[2]}", err=True)
+                said[line.partition("] ")[2]] = None
+    for text in said:
+        typer.echo(f"eplb: {text}", err=True)
 
 
 def _check(
