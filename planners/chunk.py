@@ -152,7 +152,7 @@ def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
 
 def reason(error: Exception) -> str:
     """Why a file could not be read, in a line; numpy's advice is to run the code in it."""
-    if "pickle" in str(error):
+    if "pickle" in str(error) and not isinstance(error, OSError):  # which names the file
         return "it holds something else than arrays of numbers"
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -215,6 +215,16 @@ def test_a_chunk_that_may_not_be_read_is_not_to_be_removed(folder, monkeypatch):
     assert "remove" not in said
 
 
+def test_a_disk_that_fails_is_said_whatever_the_folder_is_called(folder, monkeypatch):
+    pickles = folder.rename(folder.parent / "pickles")
+
+    def fail(path, *_):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("flash_eplb.planners.chunk.open", fail, raising=False)
+    assert "damaged ([Errno 5] Input/output error: " in refusal(pickles)
+
+
 def test_a_folder_that_is_no_recording_is_said(tmp_path):
     assert refusal(tmp_path) == (
         f"{tmp_path} is no recording: no chunk (000001.npz, ...) is in it; set EPLB_RECORD to it "
