@@ -102,6 +102,7 @@ class Worker:
         self._peers: list[RankSegment] = []
         self._stagers: StagerPool | None = None
         self._bell: Doorbell | None = None
+        self._rings_next = False
         self._watch: PlannerWatch | None = None
         self._at_exit: Finalize | None = None
 
@@ -172,7 +173,9 @@ class Worker:
         if late != self._late:
             self._late = late
             status[Field.HEAT_MERGED], status[Field.HEAT_DROPPED] = late
-        if self._bell is not None and (committed or self._step % self._config.bell_steps == 0):
+        rings = self._rings_next or self._step % self._config.bell_steps == 0
+        self._rings_next = committed  # not now: a step with a commit is long enough
+        if self._bell is not None and rings and not committed:
             self._bell.ring()
             assert self._watch is not None
             self._watch.look()

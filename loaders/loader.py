@@ -92,6 +92,7 @@ class Loader:
         self._held = False
         self._drops_said = False
         self._voted: Candidate | None = None
+        self._votes_later = False
         self._active: Candidate | None = None
         self._begins_later = False
         self._active_since = 0
@@ -119,6 +120,8 @@ class Loader:
         if self._inbox.has_record():
             self._guard(self._inbox.collect)
         if self._step % self._vote_steps:
+            if self._votes_later:
+                self._cast()
             return False
         try:
             outcome = self._vote.consume()
@@ -126,14 +129,19 @@ class Loader:
             self.stop(f"the vote failed: {error}")  # on all ranks, before any acts on it
             return False
         committed = outcome is not None and self._act(outcome)
-        if not self.stopped:
-            self._voted = self._guard(self._candidate)
-            self._vote.issue(self._ballot())
-            if (
-                not committed
-            ):  # a step with a commit is long enough, and no thread hinders its copies
-                self._guard(self._look)
+        # A step with a commit is long enough, and no thread hinders its copies.
+        self._votes_later = committed and self._vote_steps > 1
+        if not self.stopped and not self._votes_later:
+            self._cast()
+        if not self.stopped and not committed:
+            self._guard(self._look)
         return committed
+
+    def _cast(self) -> None:
+        """Issue this rank's vote."""
+        self._votes_later = False
+        self._voted = self._guard(self._candidate)
+        self._vote.issue(self._ballot())
 
     def hold(self, home: list[bytes] | None = None) -> None:
         """Start no round of the planner's until `release`, and give up the one under way.

@@ -1,8 +1,8 @@
 """The planner: an asyncio loop that turns heat into plans and sends them, one at a time.
 
-It sleeps on the doorbell, which the workers ring once per episode and per commit, and looks once a
-second in any case. Heat is drained on the loop; planning runs in a thread on kernels that release
-the GIL. It owns nothing but its session lock: killed at any point, inference goes on and a
+It sleeps on the doorbell, which the workers ring once per episode and after a commit, and looks
+once a second in any case. Heat is drained on the loop; planning runs in a thread on kernels that
+release the GIL. It owns nothing but its session lock: killed at any point, inference goes on and a
 successor starts from the placement boards.
 """
 
