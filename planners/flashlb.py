@@ -33,6 +33,12 @@ log = logging.getLogger("flash_eplb.planner")
 EVERY_LAYER_PRICE = 0.001
 """`move_price` of a plan for every layer: enough that nothing moves for nothing."""
 
+FIRST_PRICE = 1e-6
+"""`move_price` of the first plan of a layer, which gains for long: nothing moves for nothing."""
+
+FIRST_SHARE = 0.03
+"""Share of `move_price` that it pays where moves are limited, and what is far takes many plans."""
+
 PARTS = 8
 """Layers whose plan does not fit `max_moves` of which a part is looked for."""
 
@@ -158,7 +164,10 @@ class FlashLB:
         for limit in (self.max_moves, max_moves):
             room = room if limit is None else min(room, whole("max_moves", limit, 0))
         self._say_stuck(tokens.shape[2])
-        window = self._window(tokens, today, every_layer)
+        slots = self.ranks * self.slots_per_rank
+        price = EVERY_LAYER_PRICE if every_layer else self.move_price
+        first = FIRST_SHARE * price if room < today.size else min(FIRST_PRICE, price)
+        window = self._window(tokens, today, every_layer, first / slots)
         now, error = self._finder.measure(window.tokens, today, columns=self._columns)
         shown: np.ndarray = now
         if window.tokens is not window.seen:
@@ -174,9 +183,8 @@ class FlashLB:
             due = self._promises.due(window, before, error)
         if not room or self.ranks == 1:
             due = due[:0]
-        slots = self.ranks * self.slots_per_rank
         terms = Terms(
-            price=(EVERY_LAYER_PRICE if every_layer else self.move_price) / slots,
+            price=price / slots,
             far_price=0.0,  # the finder knows it
             most_moves=slots,
             scratch=True,
@@ -186,7 +194,7 @@ class FlashLB:
         )
         if every_layer:
             self._going.forget()
-        going = self._still_going(window, before, due, terms)
+        going = self._still_going(window, before, due)
         due = np.array([layer for layer in due.tolist() if layer not in self._going], np.int64)
         offers = self._finder.offers(window, before, due, terms)
         if not every_layer:
@@ -212,7 +220,9 @@ class FlashLB:
             )
         self._said_stuck = is_stuck
 
-    def _window(self, tokens: np.ndarray, today: np.ndarray, every_layer: bool) -> Window:
+    def _window(
+        self, tokens: np.ndarray, today: np.ndarray, every_layer: bool, first_price: float
+    ) -> Window:
         """What is planned from: the heat, what to expect from it, and what is remembered."""
         kept = self._kept(today)
         past, worth = self._memory.recall(tokens)
@@ -237,6 +247,7 @@ class FlashLB:
             anew=every_layer,
             today=today,
             columns=self._columns,
+            first_price=first_price,
         )
 
     def _plan(
@@ -285,15 +296,12 @@ class FlashLB:
         self._going.keep(kept)
         return kept
 
-    def _still_going(
-        self, window: Window, before: np.ndarray, due: np.ndarray, terms: Terms
-    ) -> list[Offer]:
+    def _still_going(self, window: Window, before: np.ndarray, due: np.ndarray) -> list[Offer]:
         """What is left of the offers that were carried out in part; they were confirmed then.
 
         Where the heat has changed another is looked for; where no more is won by what is left, it
         stays at that.
         """
-        first_price = self._finder.price(terms, is_settled=False)
         offers = []
         for offer in self._going.offers():
             layer = np.array([offer.layer])
@@ -305,7 +313,7 @@ class FlashLB:
                 gain=float(before[offer.layer] - par[0, 0]),
                 moves=moves_between(window.today[offer.layer], offer.placement),
             )
-            is_worth = offer.moves and offer.gain > first_price * offer.moves
+            is_worth = offer.moves and offer.gain > window.first_price * offer.moves
             if offer.layer not in due or offer.par > hoped(offer.promise) + self.min_gain:
                 self._going.drop(offer.layer)
             elif is_worth:

@@ -15,10 +15,6 @@ from .plan import align_all
 from .search import Terms, measure, search_layers
 from .window import Offer, Window
 
-FIRST_PRICE = 1e-6
-"""PAR that moving all slots must win in a layer without a promise: its plan gains for long, so
-nothing is dear to it but moves for nothing."""
-
 FAR = 3.0
 """Times the price of moves that a layer with a promise pays if all is placed anew, unless it has
 waited for a plan for long."""
@@ -57,16 +53,11 @@ class Finder:
         offers = []
         for i, layer in enumerate(layers.tolist()):
             gain = float(before[layer] - after[i])
-            price = self.price(terms, window.settled[layer])
+            price = terms.price if window.settled[layer] else window.first_price
             if moves[i] and gain > price * moves[i]:
                 par = float(after[i])
                 offers.append(Offer(layer, found[i], columns[i], par, gain, int(moves[i]), par))
         return sorted(offers, key=lambda offer: -offer.gain / offer.moves)
-
-    def price(self, terms: Terms, is_settled: bool) -> float:
-        """PAR that a move must win in a layer that has a promise, or has none."""
-        first = FIRST_PRICE / (self._ranks * self._slots)
-        return terms.price if is_settled else min(first, terms.price)
 
     def part(
         self, window: Window, before: np.ndarray, offer: Offer, terms: Terms, room: int
@@ -126,7 +117,7 @@ class Finder:
             rows.setdefault(tuple(kind), []).append(row)
         for (kept, settled, alike, is_far), mine in rows.items():
             heat, weights = window.with_past() if alike else window.alone()
-            price = self.price(terms, settled)
+            price = terms.price if settled else window.first_price
             far_price = price * (FAR if is_far else 1)
             search = partial(search_layers, heat, weights, window.today)
             effort = effort_of(self._effort, self._ranks * self._slots, len(heat))

@@ -23,7 +23,7 @@ SCORED = 8
 CAUTION = 0.004
 """PAR that a slack of 2 must win over one of 1: heavier replicas suffer more when heat changes."""
 
-COARSE = 0.45
+COARSE = 0.6
 """Load of a rank that a replica may be before slacks above the first are tried in any case: few
 experts on a rank even each other out only if their replicas fit together."""
 

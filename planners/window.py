@@ -24,6 +24,7 @@ class Window(NamedTuple):
         anew: whether settled layers are placed from scratch, too.
         today: int32[layers, R, S].
         columns: int16[layers, R, S], the routing columns of today.
+        first_price: PAR that a move must win in a layer without a promise.
     """
 
     seen: np.ndarray
@@ -38,6 +39,7 @@ class Window(NamedTuple):
     anew: bool
     today: np.ndarray
     columns: np.ndarray
+    first_price: float
 
     def alone(self) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of the window, and weights that are 1 in sum."""
