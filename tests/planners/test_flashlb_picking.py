@@ -246,6 +246,10 @@ def test_the_first_plan_of_a_layer_is_all_but_free():
     heat, placement = MANY * np.array([[uneven(2)]] * 4), np.array([EVEN_SOON])
     assert FlashLB(2, 2, move_price=1e3).plan(heat, placement)
     assert not FlashLB(2, 2, move_price=1e3, min_gain=0).plan(np.ones((4, 1, 4)), placement)
+    # where moves are limited, what is far would take many plans
+    assert not FlashLB(2, 2, move_price=1e3, max_moves=2).plan(heat, placement)
+    assert not FlashLB(2, 2, move_price=1e3).plan(heat, placement, max_moves=2)
+    assert FlashLB(2, 2, move_price=1, max_moves=2).plan(heat, placement)
 
 
 def test_moves_that_cost_more_are_fewer():
