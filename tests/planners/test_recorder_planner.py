@@ -59,20 +59,22 @@ def test_a_planner_records_its_heat_and_what_it_does(session, tmp_path):
     engine.close()
 
 
+async def until_a_plan(engine, session, made):
+    """A planner with the recorder of `made`, until its first plan is committed."""
+    planner = Planner(session, FlashLB, PACE, make_recorder=made)
+    task = asyncio.create_task(planner.run())
+    await until(engine, lambda: engine.epoch >= 1)
+    planner.stop()
+    await task
+
+
 def test_planning_goes_on_without_a_place_to_record(session, tmp_path, caplog):
     engine = FakeEngine(session)
     (tmp_path / "file").write_text("")
     made = recorder_of(str(tmp_path / "file" / "folder"), 10, session, {})
 
-    async def scenario():
-        planner = Planner(session, FlashLB, PACE, make_recorder=made)
-        task = asyncio.create_task(planner.run())
-        await until(engine, lambda: engine.epoch >= 1)
-        planner.stop()
-        await task
-
     with caplog.at_level(logging.ERROR, "flash_eplb.planner"):
-        run(scenario())
+        run(until_a_plan(engine, session, made))
     assert "Not a directory" in stopped(caplog)
     engine.close()
 
@@ -87,19 +89,12 @@ def test_planning_goes_on_where_no_thread_can_be_started_to_record(session, tmp_
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    async def scenario():
-        planner = Planner(session, FlashLB, PACE, make_recorder=made)
-        task = asyncio.create_task(planner.run())
-        await until(engine, lambda: engine.epoch >= 1)
-        planner.stop()
-        await task
-
     with (
         caplog.at_level(logging.ERROR, "flash_eplb.planner"),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(threading.Thread, "start", refuse)
-        run(scenario())
+        run(until_a_plan(engine, session, made))
     assert "can't start new thread" in stopped(caplog)
     engine.close()
 
