@@ -63,30 +63,6 @@ SCALAR = 10
 
 
 @njit(**FAST)
-def merge(heat, most):
-    """float32[E, Q], float32[E, T] summed over Q <= `most` stretches of `width(T, Q)` episodes."""
-    experts, episodes = heat.shape
-    long = width(episodes, most)
-    stretches = width(episodes, long)
-    merged = np.zeros((experts, stretches), np.float32)
-    for q in range(stretches):
-        first = np.uintp(q * long)  # unsigned: the compiler need not look for negative indices
-        count = min(long, episodes - q * long)
-        for expert in range(experts):
-            total = np.float32(0)
-            for t in range(count):
-                total += heat[expert, first + np.uintp(t)]
-            merged[expert, q] = total
-    return merged
-
-
-@njit(**FAST)
-def width(episodes, stretches):
-    """Episodes in a stretch, if there are to be at most `stretches`."""
-    return -(-episodes // stretches)
-
-
-@njit(**FAST)
 def new_layer(by_episode, home, ranks, slots):
     """A layer without a placement: `settle` gives it one.
 
@@ -96,8 +72,8 @@ def new_layer(by_episode, home, ranks, slots):
         ranks, slots: shape of the placement.
     """
     episodes, experts = by_episode.shape
-    heat = _transposed(by_episode)
-    coarse = merge(heat, STRETCHES)
+    heat = transposed(by_episode)
+    coarse = merged(by_episode, STRETCHES)
     mean = np.empty(experts, np.float32)
     for expert in range(experts):
         mean[expert] = coarse[expert].sum() / episodes
@@ -119,7 +95,28 @@ def new_layer(by_episode, home, ranks, slots):
 
 
 @njit(**FAST)
-def _transposed(values):
+def merged(by_episode, most):
+    """float32[E, Q], float32[T, E] summed over Q <= `most` stretches of episodes."""
+    return transposed(shortened(by_episode, most))
+
+
+@njit(**FAST)
+def shortened(by_episode, most):
+    """float32[Q, E], float32[T, E] summed over Q <= `most` stretches; itself if T is no more."""
+    episodes, experts = by_episode.shape
+    if episodes <= most:
+        return by_episode
+    long = -(-episodes // most)
+    short = np.zeros((-(-episodes // long), experts), np.float32)
+    for t in range(episodes):
+        q = t // long
+        for expert in range(experts):
+            short[q, expert] += by_episode[t, expert]
+    return short
+
+
+@njit(**FAST)
+def transposed(values):
     """A copy of float32[m, n] as [n, m], made in blocks that stay in the cache."""
     rows, columns = values.shape
     out = np.empty((columns, rows), np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .layer import FAST, width
+from .layer import FAST, transposed
 
 BURST = 4.0
 """Mean deviations over its mean from which an expert's heat counts as a burst."""
@@ -114,20 +114,6 @@ def _burst_limits(scaled):
 
 
 @njit(**FAST)
-def shortened(heat, most):
-    """float32[T, E] with stretches of episodes merged so that there are at most `most`."""
-    episodes, experts = heat.shape
-    if episodes <= most:
-        return heat
-    long = width(episodes, most)
-    short = np.zeros((width(episodes, long), experts), np.float32)
-    for t in range(episodes):
-        for expert in range(experts):
-            short[t // long, expert] += heat[t, expert]
-    return short
-
-
-@njit(**FAST)
 def peaks_of(scaled, placement):
     """float32[T], the highest load of any rank in each episode of float32[T, E]."""
     episodes, experts = scaled.shape
@@ -138,16 +124,13 @@ def peaks_of(scaled, placement):
             share[placement[rank, slot]] += 1
     for expert in range(experts):
         share[expert] = 1 / share[expert]
-    unit = np.empty(experts, np.float32)
-    peaks = np.empty(episodes, np.float32)
-    for t in range(episodes):
-        for expert in range(experts):
-            unit[expert] = scaled[t, expert] * share[expert]
-        high = np.float32(0)
-        for rank in range(ranks):
-            load = np.float32(0)
-            for slot in range(slots):
-                load += unit[placement[rank, slot]]
-            high = load if load > high else high
-        peaks[t] = high
+    heat = transposed(scaled)
+    load, peaks = np.empty(episodes, np.float32), np.zeros(episodes, np.float32)
+    for rank in range(ranks):
+        load[:] = 0
+        for expert in placement[rank]:
+            for t in range(episodes):
+                load[t] += heat[expert, t] * share[expert]
+        for t in range(episodes):
+            peaks[t] = load[t] if load[t] > peaks[t] else peaks[t]
     return peaks

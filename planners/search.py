@@ -9,11 +9,22 @@ from numba import njit
 
 from .counts import least_threshold, replica_counts
 from .improve import improve
-from .layer import FAST, excess, merge, moved, new_layer, peak, replace, settle, swap
+from .layer import (
+    FAST,
+    excess,
+    merged,
+    moved,
+    new_layer,
+    peak,
+    replace,
+    settle,
+    shortened,
+    swap,
+)
 from .place import place
 from .relabel import relabel
 from .routing import LEAST, weigh, weigh_sources
-from .scale import peaks_of, scale_heat, shortened, without_bursts
+from .scale import peaks_of, scale_heat, without_bursts
 from .swaps import even_out
 
 SCORED = 8
@@ -307,10 +318,10 @@ def _best_vectors(layer, effort):
     vectors, cautions = _count_vectors(layer, effort)
     if len(vectors) == 1:
         return vectors, cautions
-    merged = merge(layer.coarse, SCORED)
+    heat = merged(layer.by_episode, SCORED)
     scores = cautions.copy()
     for i in range(len(vectors)):
-        scores[i] += place(merged, vectors[i], ranks, slots)[1]
+        scores[i] += place(heat, vectors[i], ranks, slots)[1]
     order = np.argsort(scores)[: effort.starts]
     return vectors[order], cautions[order]
 

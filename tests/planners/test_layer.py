@@ -6,7 +6,7 @@ from hypothesis import given
 from layers import assert_consistent, cases, moved, peaks, settled
 
 from flash_eplb.planners import layer as kernels
-from flash_eplb.planners.layer import merge, peak, replace, replace_gain, swap, swap_gain
+from flash_eplb.planners.layer import merged, peak, replace, replace_gain, swap, swap_gain
 
 
 def swaps(placement):
@@ -89,6 +89,6 @@ def test_after_many_changes_a_layer_is_still_consistent(case):
 def test_merged_heat_adds_up_stretches(episodes, most, sizes):
     heat = np.arange(1, 1 + 2 * episodes, dtype=np.float32).reshape(2, episodes)
     bounds = np.cumsum([0, *sizes])
-    merged = merge(heat, most)
+    summed = merged(np.ascontiguousarray(heat.T), most)
     expected = [heat[:, first:last].sum(axis=1) for first, last in pairwise(bounds)]
-    np.testing.assert_array_equal(merged.T, expected)
+    np.testing.assert_array_equal(summed.T, expected)
