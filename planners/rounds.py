@@ -142,14 +142,12 @@ def _nearest_holders(current, writes, experts, near):
     _, ranks, slots = current.shape
     holders = np.empty((len(writes), ranks, 2), np.int32)
     counts = np.zeros(len(writes), np.int32)
-    most = current.max() + 1 if current.size else 0
-    first = np.empty(most, np.int32)  # slot of each expert, then a linked list
-    after = np.empty(ranks * slots, np.int32)
+    first = after = np.empty(0, np.int32)  # slot of each expert, then a linked list
     listed = -1
     for i in range(len(writes)):
         layer, target, _ = writes[i]
         if layer != listed:
-            _list_holders(current[layer], first, after)
+            first, after = _list_holders(current[layer])
             listed = layer
         nearest = 2
         at = first[experts[i]]
@@ -166,14 +164,17 @@ def _nearest_holders(current, writes, experts, near):
 
 
 @njit(nogil=True, cache=True)
-def _list_holders(placement, first, after):
-    """Link the slots, rank * S + slot, of each expert of int32[R, S] in their order."""
+def _list_holders(placement):
+    """(first[E], after[R * S]): the first slot, rank * S + slot, that holds each expert of
+    int32[R, S], and the next one after each slot; or -1."""
     ranks, slots = placement.shape
-    first[:] = -1
+    first = np.full(placement.max() + 1, -1, np.int32)
+    after = np.empty(ranks * slots, np.int32)
     for at in range(ranks * slots - 1, -1, -1):
         expert = placement[at // slots, at % slots]
         after[at] = first[expert]
         first[expert] = at
+    return first, after
 
 
 @njit(nogil=True, cache=True)
