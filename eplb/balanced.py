@@ -76,9 +76,16 @@ def release(engine_worker: Any) -> None:
     session) is free for another engine."""
     state = state_of(getattr(engine_worker, "model_runner", None))
     worker = getattr(state, "worker", None)
-    if worker is not None:
+    if worker is None:
+        return
+    state.worker = None
+    try:
         worker.close()
-        state.worker = None
+    except Exception:  # the engine's own end comes after ours
+        log.exception(
+            "flash_eplb has not let go of all that it holds; the rest is free when this process "
+            "ends, and `eplb clean` removes its names then"
+        )
 
 
 def follow_worker(worker_class: type) -> None:

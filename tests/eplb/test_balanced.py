@@ -138,3 +138,25 @@ def test_an_engine_that_ends_in_a_process_that_goes_on_is_let_go(monkeypatch, ow
     del state
     assert kept() is None
     engine.shutdown()  # as vLLM's destructors may do again
+
+
+def test_what_fails_when_we_let_go_does_not_keep_the_engine_from_its_end(monkeypatch, caplog):
+    class EngineWorker:
+        model_runner = SimpleNamespace(eplb_state=SimpleNamespace(worker=None))
+        ended = 0
+
+        def shutdown(self):
+            self.ended += 1
+
+    def fail():
+        raise OSError("no such device")
+
+    monkeypatch.setattr(balanced, "_balanced", [])
+    balanced.follow_worker(EngineWorker)
+    engine, state = EngineWorker(), EngineWorker.model_runner.eplb_state
+    state.worker = SimpleNamespace(close=fail)
+    engine.shutdown()
+    assert engine.ended == 1
+    assert state.worker is None
+    assert "OSError: no such device" in caplog.text
+    assert "`eplb clean` removes its names then" in caplog.text
