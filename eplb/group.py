@@ -54,7 +54,9 @@ class Group:
         except (SegmentError, UnsupportedError) as error:
             reason = str(error)
         except Exception as error:
-            log.exception("EP rank %d cannot be balanced", self.rank)
+            log.exception(
+                "EP rank %d has failed, so all ranks give up what they were at", self.rank
+            )
             reason = f"{type(error).__name__}: {error}"
         for rank, theirs in enumerate(self.gather(reason)):
             if theirs:

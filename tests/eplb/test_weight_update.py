@@ -169,7 +169,7 @@ def test_experts_go_back_to_their_very_slots(moving):
     group.check(is_new=True)
 
 
-def test_experts_that_cannot_change_slots_on_one_rank_stay_on_all(moving, monkeypatch):
+def test_experts_that_cannot_change_slots_on_one_rank_stay_on_all(moving, monkeypatch, caplog):
     group = moving()
     for experts in ([1, 2, 3], [0, 2, 3], [0, 1, 2]):
         wanted = group.placement.copy()
@@ -186,6 +186,8 @@ def test_experts_that_cannot_change_slots_on_one_rank_stay_on_all(moving, monkey
     for error in errors:
         assert error.startswith("experts cannot go back to where vLLM writes weights: EP rank 0: ")
         assert error.endswith("MemoryError: no room")
+    assert "EP rank 0 has failed, so all ranks give up what they were at" in caplog.text
+    assert "cannot be balanced" not in caplog.text  # they are, after this update
     assert not any(worker.is_updating for worker in group.workers)
     assert np.array_equal(group.placement, before)
     group.check(is_new=False)
