@@ -96,13 +96,15 @@ NEEDS: list[Need] = [
     Need("vllm.config.model", "ModelConfig.enable_sleep_mode"),
     Need(_CONFIG, "get_current_vllm_config_or_none"),
     Need("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
-    # the calls around which weights are written, the warm-up, and the end
+    # the calls around which weights are written or read, the warm-up, and the end
     *_members(
         _WORKER,
         "Worker",
         "reload_weights start_weight_update start_draft_weight_update update_weights "
-        "finish_weight_update compile_or_warm_up_model shutdown",
+        "finish_weight_update save_sharded_state save_tensorized_model compile_or_warm_up_model "
+        "shutdown",
     ),
+    Need(_WORKER, "Worker.compute_weight_checksums", optional=True),
     Need(_WORKER, "Worker.reset_weights", optional=True),
     # vLLM's own transports
     Need(_COMMUNICATOR, "EplbCommunicator.set_transfer_context", ("old_indices", "layer_idx")),

@@ -8,6 +8,7 @@ import pytest
 
 from flash_eplb.eplb.contract import NEEDS, V1, V2
 from flash_eplb.eplb.probe import find_facts, installed_source, parameters, probe, reason
+from flash_eplb.eplb.updates import BEGINS, BETWEEN, ENDS, READS
 
 RECORDED = {path.stem.removeprefix("vllm-"): path for path in Path(__file__).parent.glob("*.json")}
 RUNNERS = (V1, V2)
@@ -28,6 +29,13 @@ def test_four_versions_are_recorded():
 @pytest.mark.parametrize("name", sorted(RECORDED))
 def test_each_recorded_version_has_all_that_we_touch(name):
     assert complaints(facts_of(name)) == ["", ""]
+
+
+def test_all_calls_that_we_follow_are_in_the_table():
+    """What is named otherwise would write weights, or read them, with us unaware of it."""
+    named = {need.name for need in NEEDS}
+    for name in (*BEGINS, BETWEEN, *ENDS, *READS, "shutdown"):
+        assert f"Worker.{name}" in named
 
 
 def mutations():
