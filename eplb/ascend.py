@@ -59,6 +59,7 @@ class FlashUpdator:
     tokens = 0
     batch: Any = None
     inert = ""
+    is_writing = False
 
     def __init__(self, eplb_config: Any, loader: Any, eplb_process: Any, process: Any):
         super().__init__(eplb_config, loader, eplb_process, process)  # type: ignore[call-arg]

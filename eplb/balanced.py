@@ -25,9 +25,17 @@ PATIENCE = 60.0
 
 
 class Balanced(Protocol):
-    """An engine's EPLB object that is ours; `worker` is its `Worker`, or None as yet."""
+    """An engine's EPLB object that is ours.
 
-    worker: Any
+    Attributes:
+        worker: its `Worker`, or None as yet.
+        inert: why there will be none; "" if there may be.
+        is_writing: whether an update of the weights has begun while there was none.
+    """
+
+    worker: Worker | None
+    inert: str
+    is_writing: bool
 
 
 _balanced: list[weakref.ref[Balanced]] = []
@@ -44,31 +52,40 @@ def is_worker() -> bool:
     return bool(_balanced)
 
 
-def _workers() -> Iterator[Worker]:
-    """Of this process."""
+def _states() -> Iterator[Balanced]:
+    """Of this process, those that are balanced or may be."""
     for reference in _balanced:
         state = reference()
-        if state is not None and state.worker is not None:
-            yield state.worker
+        if state is not None and not state.inert:
+            yield state
 
 
 def begin_update() -> bool:
-    """See `Worker.begin_update`: of all workers of this process."""
+    """See `Worker.begin_update`: of all workers of this process, and of those that are to come."""
     opened = False
-    for worker in _workers():
-        opened |= worker.begin_update()
+    for state in _states():
+        if state.worker is not None:
+            opened |= state.worker.begin_update()
+        else:
+            opened |= not state.is_writing
+            state.is_writing = True
     return opened
 
 
 def end_update(took: float) -> None:
-    """See `Worker.end_update`: of all workers of this process."""
-    for worker in _workers():
-        worker.end_update(took)
+    """See `Worker.end_update`: of all workers of this process, and of those that are to come."""
+    for state in _states():
+        state.is_writing = False
+        if state.worker is not None:
+            state.worker.end_update(took)
 
 
 def is_updating() -> bool:
     """Whether the weights of any worker of this process are being updated."""
-    return any(worker.is_updating for worker in _workers())
+    return any(
+        state.is_writing if state.worker is None else state.worker.is_updating
+        for state in _states()
+    )
 
 
 def release(engine_worker: Any) -> None:

@@ -53,6 +53,7 @@ class FlashState:
     parallel_config: Any
     worker: Worker | None = None
     inert = ""
+    is_writing = False
     batch: Any = None
     in_dummy = warming = False
     _agreed = False
@@ -111,6 +112,8 @@ class FlashState:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
         self.worker = worker
+        if worker is not None and self.is_writing:
+            worker.begin_update()
         if worker is not None and not is_dummy:
             worker.forward(0)  # the pass that this first step ends
 

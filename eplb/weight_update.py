@@ -84,6 +84,13 @@ class WeightUpdate:
             raise
         return True
 
+    def adopt(self) -> None:
+        """At the start, on all ranks: the engine has begun to write, on some or all of them. The
+        experts are where it writes, and stay there to the end of it."""
+        self._updates += 1
+        self._loader.hold()
+        self.is_open = True
+
     def end(self, step: int, took: float = 0.0) -> None:
         """After the engine has written: new digests, and balance on.
 

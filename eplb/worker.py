@@ -98,6 +98,7 @@ class Worker:
         self._late = (0, 0)
         self.refused = ""
         self._started = False
+        self._is_writing = False  # weights, while the first step has not come
         self._segment: RankSegment | None = None
         self._peers: list[RankSegment] = []
         self._stagers: StagerPool | None = None
@@ -193,12 +194,17 @@ class Worker:
             generation = self._agree()
             prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
             self._group.store = dist.PrefixStore(prefix, self._group.store)
-            self._reference = take_reference(self._group, self._engine, self._shape.experts)
+            self._reference = np.zeros((self._shape.layers, self._shape.experts), np.int64)
+            is_writing = any(self._group.gather(self._is_writing))
+            if not is_writing:  # else replicas may differ as yet, and the end takes the digests
+                self._take_reference()
             self._at_exit = Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
             self._group.together(lambda: self._find_peers(generation))
             self._group.together(self._build)
+            if is_writing:
+                self._update.adopt()
         except UnsupportedError as error:
             self.refused = str(error)
             self.close()
@@ -342,6 +348,9 @@ class Worker:
         """The weights are new: so are the digests that prove them, and what would stay behind."""
         self._group.together(self._check_supported)
         agree_on_scales(self._group, self._scales)
+        self._take_reference()
+
+    def _take_reference(self) -> None:
         self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
 
     def begin_update(self) -> bool:
@@ -352,12 +361,17 @@ class Worker:
         Raises:
             RuntimeError: they cannot; the engine must not write.
         """
-        return self._started and not self.refused and self._update.begin(self._step)
+        if not self._started:
+            opened, self._is_writing = not self._is_writing, True
+            return opened
+        return not self.refused and self._update.begin(self._step)
 
     @property
     def is_updating(self) -> bool:
         """Whether an update has begun and not ended."""
-        return self._started and not self.refused and self._update.is_open
+        if not self._started:
+            return self._is_writing
+        return not self.refused and self._update.is_open
 
     def end_update(self, took: float = 0.0) -> None:
         """The engine has written weights, on all ranks: prove them and balance on.
@@ -365,6 +379,7 @@ class Worker:
         Args:
             took: seconds that this rank has spent in the call that ends.
         """
+        self._is_writing = False
         if self._started and not self.refused:
             self._update.end(self._step, took)
 

@@ -107,7 +107,7 @@ def test_what_fails_while_we_ask_is_a_reason_and_ends_no_load(monkeypatch, caplo
 @pytest.mark.parametrize("owner", ["eplb_state", "eplb_updator"])
 def test_an_engine_that_ends_in_a_process_that_goes_on_is_let_go(monkeypatch, owner):
     class State:
-        worker = None
+        worker, inert, is_writing = None, "", False
 
     class Worker:
         closed = False
@@ -160,3 +160,19 @@ def test_what_fails_when_we_let_go_does_not_keep_the_engine_from_its_end(monkeyp
     assert state.worker is None
     assert "OSError: no such device" in caplog.text
     assert "`eplb clean` removes its names then" in caplog.text
+
+
+def test_an_update_that_begins_before_there_is_a_worker_is_known_of(monkeypatch):
+    class State(SimpleNamespace):
+        worker, inert, is_writing = None, "", False
+
+    monkeypatch.setattr(balanced, "_balanced", [])
+    state, refused = State(), State(inert="a mode")
+    balanced.add(refused)
+    assert not balanced.begin_update()
+    balanced.add(state)
+    assert balanced.begin_update()
+    assert not balanced.begin_update()  # it is open
+    assert (balanced.is_updating(), state.is_writing, refused.is_writing) == (True, True, False)
+    balanced.end_update(0.0)
+    assert (balanced.is_updating(), state.is_writing) == (False, False)

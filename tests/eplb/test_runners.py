@@ -207,6 +207,17 @@ def test_what_the_models_support_is_asked_anew_after_updates(unmade):
     assert unsupported() == "w of MoE layer 0 would stay behind"
 
 
+def test_a_worker_that_is_made_while_weights_are_written_is_told_so(unmade, monkeypatch):
+    told = []
+    worker = SimpleNamespace(begin_update=lambda: told.append("begins"))
+    monkeypatch.setattr("flash_eplb.eplb.worker.Worker", lambda *_: worker)
+    unmade._make_worker(is_dummy=True)
+    assert told == []
+    unmade.is_writing = True
+    unmade._make_worker(is_dummy=True)
+    assert told == ["begins"]
+
+
 @pytest.mark.parametrize("is_loaded", [True, False])
 def test_a_drafter_whose_replicas_were_not_loaded_is_left_out(
     unmade, is_loaded, monkeypatch, caplog

@@ -27,12 +27,15 @@ GENERATION = 99
 
 
 class Moving(Workers):
-    """Workers with a planner's end of their queues."""
+    """Workers with a planner's end of their queues; `early` ranks write before the first step."""
 
-    def __init__(self, session, **options):
+    def __init__(self, session, early=(), **options):
         self.scales = [torch.ones(SLOTS), torch.ones(SLOTS)]  # of each rank; nobody hands them out
         configs = [{"staging_rows": 1, **options}] * 2
         super().__init__(session, configs, unsupported=self.left_behind)
+        for rank in early:
+            assert self.workers[rank].begin_update()
+            self.engines[rank].weights[1][0][1, 3] += rank  # replicas differ while it writes
         self.step()
         self.initial = self.engines[0].placement
         self.segments = [
@@ -418,11 +421,31 @@ def test_an_update_that_failed_half_way_is_begun_again(moving):
 def test_before_the_first_step_there_is_nothing_to_do(session):
     group = Workers(session)
     for worker in group.workers:
-        worker.begin_update()
-        assert not worker.is_updating
+        assert worker.begin_update()
+        assert worker.is_updating
+        assert not worker.begin_update()
         worker.end_update()
+        assert not worker.is_updating
     group.step(2)
+    assert not any(worker.is_updating for worker in group.workers)
     group.close()
+
+
+@pytest.mark.parametrize("early", [(0,), (1,), (0, 1)])
+def test_an_update_that_begins_before_the_first_step_holds_the_experts_to_its_end(moving, early):
+    """They would move meanwhile, and the engine write by the placement of the start."""
+    group = moving(early=early)
+    assert [worker.refused for worker in group.workers] == ["", ""]
+    assert all(worker.is_updating for worker in group.workers)
+    wanted = group.placement.copy()
+    wanted[1] = wanted[1, ::-1]
+    group.send(wanted)
+    group.step(40)
+    assert np.array_equal(group.placement, group.initial)
+    group.update()
+    group.check(is_new=True)
+    group.move()  # proved by the digests of what was written last
+    group.check(is_new=True)
 
 
 def _error(action) -> str:
