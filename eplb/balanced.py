@@ -80,12 +80,16 @@ def end_update(took: float) -> None:
             state.worker.end_update(took)
 
 
-def is_updating() -> bool:
-    """Whether the weights of any worker of this process are being updated."""
-    return any(
-        state.is_writing if state.worker is None else state.worker.is_updating
-        for state in _states()
-    )
+def give_up_update(why: str) -> bool:
+    """See `Worker.give_up_update`: of all workers of this process, and of those that are to
+    come."""
+    is_open = False
+    for state in _states():
+        if state.worker is None:
+            is_open |= state.is_writing
+        else:
+            is_open |= state.worker.give_up_update(why)
+    return is_open
 
 
 def release(engine_worker: Any) -> None:
@@ -108,7 +112,7 @@ def release(engine_worker: Any) -> None:
 def follow_worker(worker_class: type) -> None:
     """Let vLLM's worker tell all workers of this process of updates of the weights, and ours of its
     end."""
-    follow_updates(worker_class, begin_update, end_update, is_updating)
+    follow_updates(worker_class, begin_update, end_update, give_up_update)
     call_before(worker_class, "shutdown", release)
 
 

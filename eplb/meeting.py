@@ -9,6 +9,7 @@ met is decided once, by whoever comes last or first loses patience, and all foll
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -19,7 +20,14 @@ class MeetingError(RuntimeError):
     """Some ranks did not come; the text names them."""
 
 
-def meet(store: dist.Store, name: str, rank: int, ranks: int, patience: float) -> None:
+def meet(
+    store: dist.Store,
+    name: str,
+    rank: int,
+    ranks: int,
+    patience: float,
+    why_in_vain: Callable[[], str] = lambda: "",
+) -> None:
     """Come back when all ranks have come; after a failed meeting the next try is a new one.
 
     Args:
@@ -27,6 +35,7 @@ def meet(store: dist.Store, name: str, rank: int, ranks: int, patience: float) -
         name: of the meeting, equal on all ranks; it takes place once.
         rank, ranks: of the group.
         patience: seconds after which a rank gives up, for all that are there.
+        why_in_vain: why a rank will not come, so that it gives up at once; "" if all may.
 
     Raises:
         MeetingError: on all ranks that had come.
@@ -39,11 +48,14 @@ def meet(store: dist.Store, name: str, rank: int, ranks: int, patience: float) -
         store.compare_set(decision, "", _MET)
     deadline = time.monotonic() + patience
     while not store.check([decision]):
-        if time.monotonic() > deadline:
+        why = why_in_vain()
+        if why:  # with the rank, so that one of those that decide alike counts
+            why = f"EP rank {rank} waits no longer: {why}"
+        elif time.monotonic() > deadline:
             absent = [n for n in range(ranks) if not store.check([f"{name}/rank{n}"])]
-            mine = f"EP rank {rank} has waited {patience:g} s for EP ranks {absent} in vain"
-            if store.compare_set(decision, "", mine) == mine.encode():
-                store.add(attempts, 1)
+            why = f"EP rank {rank} has waited {patience:g} s for EP ranks {absent} in vain"
+        if why and store.compare_set(decision, "", why) == why.encode():
+            store.add(attempts, 1)
         time.sleep(0.002)
     found = store.get(decision).decode()
     if found != _MET:

@@ -30,18 +30,18 @@ def follow_updates(
     worker_class: type,
     begin: Callable[[], bool],
     end: Callable[[float], None],
-    is_open: Callable[[], bool],
+    give_up: Callable[[str], bool],
 ) -> None:
     """Let `worker_class` call `begin` before it writes or reads weights and `end`, with the seconds
     that the call has taken, after it has.
 
     If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
-    fails ends what it has opened. If writing fails, nobody knows what the weights are: `end` is not
-    called, and no expert moves until an update succeeds. A call that fails while none `is_open`
-    (a finish without a start) changes nothing.
+    fails ends what it has opened. If writing fails, nobody knows what the weights are: `give_up` is
+    called in the place of `end`, with what has failed, and no expert moves until an update
+    succeeds. It returns whether an update is open: else (a finish without a start) nothing changes.
     """
     for name in dict.fromkeys((*BEGINS, *ENDS, BETWEEN)):
-        around = is_open, begin if name in BEGINS else None, end if name in ENDS else None
+        around = give_up, begin if name in BEGINS else None, end if name in ENDS else None
         undo = end if name in STARTS else None
         wrap_once(worker_class, name, functools.partial(_wrapped, *around, undo))
     for name in READS:
@@ -62,7 +62,7 @@ def _read(begin: Callable[[], bool], end: Callable[[float], None], original: Met
 
 
 def _wrapped(
-    is_open: Callable[[], bool],
+    give_up: Callable[[str], bool],
     begin: Callable[[], bool] | None,
     end: Callable[[float], None] | None,
     undo: Callable[[float], None] | None,
@@ -76,7 +76,7 @@ def _wrapped(
         except BaseException:
             if undo is not None and opened:
                 undo(time.monotonic() - begun)
-            elif is_open():
+            elif give_up(f"{original.__name__} has failed"):
                 log.error(
                     "%s failed: no expert moves %suntil weights have been updated",
                     original.__name__,

@@ -7,6 +7,7 @@ anew, and balancing goes on. In between steps may run, and no expert moves.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from .group import Group, UnsupportedError
 from .meeting import MeetingError, forget, meet
 
 log = logging.getLogger("flash_eplb.worker")
+
+_GIVEN_UP = "update/given_up"  # in the store: "number why", of the last one that was given up
 
 _MOST_VOTES = 1000  # without a commit, each of which waits for the stager
 
@@ -55,6 +58,7 @@ class WeightUpdate:
         self._timeout = timeout
         self._updates = 0
         self._met = ""
+        self._known = ""  # what stood at `_GIVEN_UP` when this rank began to write
         self._deadline = 0.0
         self.is_open = False
 
@@ -70,6 +74,7 @@ class WeightUpdate:
         Raises:
             RuntimeError: the experts are not where the engine would write; nothing may be written.
         """
+        self._known = self._given_up()
         if self.is_open:  # an update that failed half-way is begun again
             return False
         self._check_not_stopped()
@@ -87,9 +92,26 @@ class WeightUpdate:
     def adopt(self) -> None:
         """At the start, on all ranks: the engine has begun to write, on some or all of them. The
         experts are where it writes, and stay there to the end of it."""
+        self._known = self._given_up()
         self._updates += 1
         self._loader.hold()
         self.is_open = True
+
+    def give_up(self, why: str) -> None:
+        """This rank does not come to the end that it has begun to write for, so that the others
+        need not wait for it. One that has begun anew since somebody gave up is not meant."""
+        number = int(self._known.partition(" ")[0] or 0) + 1
+        with contextlib.suppress(RuntimeError):  # the store ends with the engine
+            self._group.store.compare_set(_GIVEN_UP, self._known, f"{number} {why}")
+
+    def _given_up(self) -> str:
+        store = self._group.store
+        return store.get(_GIVEN_UP).decode() if store.check([_GIVEN_UP]) else ""
+
+    def _why_in_vain(self) -> str:
+        """Why the others will not come to the end, if one of them has said so; else empty."""
+        found = self._given_up()
+        return found.partition(" ")[2] if found != self._known else ""
 
     def end(self, step: int, took: float = 0.0) -> None:
         """After the engine has written: new digests, and balance on.
@@ -122,15 +144,16 @@ class WeightUpdate:
             )
 
     def _meet(self, what: str, step: int, patience: float) -> None:
-        group = self._group
+        group, is_end = self._group, what == "end"
         name = f"update/{self._updates}/{step}/{what}"
+        why_in_vain = self._why_in_vain if is_end else lambda: ""
         try:
-            meet(group.store, name, group.rank, group.ranks, patience)
+            meet(group.store, name, group.rank, group.ranks, patience, why_in_vain)
         except MeetingError as error:
-            then = {
-                "begin": "nothing was written; pause generation on all of them first",
-                "end": "no expert moves until weights have been updated on all of them",
-            }[what]
+            then = "nothing was written; pause generation on all of them first"
+            if is_end:
+                self.give_up(str(error))  # who comes later would wait alone
+                then = "no expert moves until weights have been updated on all of them"
             raise RuntimeError(
                 f"flash_eplb needs all EP ranks at the same step to update or save weights: "
                 f"{error}; {then}"

@@ -383,6 +383,19 @@ class Worker:
         if self._started and not self.refused:
             self._update.end(self._step, took)
 
+    def give_up_update(self, why: str) -> bool:
+        """A call of the engine's that writes weights has failed here, and will not end.
+
+        Args:
+            why: for the other ranks, as in "reload_weights has failed".
+
+        Returns:
+            whether an update is open.
+        """
+        if self.is_updating and self._started:
+            self._update.give_up(f"{why} on EP rank {self._group.rank}")
+        return self.is_updating
+
     def close(self) -> None:
         """Remove what this rank owns and end what it started."""
         if self._at_exit is not None:

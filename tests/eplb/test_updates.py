@@ -11,7 +11,7 @@ class Log(list):
     """A worker class like vLLM's, and what was called, in order."""
 
     def __init__(self, fail=""):
-        self.took = []
+        self.took, self.given_up = [], []
 
         def method(name):
             def call(worker, *args):
@@ -31,10 +31,14 @@ class Log(list):
             "finish_weight_update",
         ]
         self.worker = type("Worker", (), {name: method(name) for name in names})
-        follow_updates(self.worker, self.begin, self.end, self.is_open)
+        follow_updates(self.worker, self.begin, self.end, self.give_up)
 
     def is_open(self):
         return self.count("begin") > self.count("end")
+
+    def give_up(self, why):
+        self.given_up.append(why)
+        return self.is_open()
 
     def begin(self):
         """Opens an update, unless one is open."""
@@ -57,7 +61,7 @@ def test_a_reload_begins_and_ends():
 def test_the_end_is_told_how_long_the_call_has_taken(name):
     log = Log()
     worker = type("Worker", (), {name: lambda self: time.sleep(0.05)})
-    follow_updates(worker, log.begin, log.end, log.is_open)
+    follow_updates(worker, log.begin, log.end, log.give_up)
     getattr(worker(), name)()
     (took,) = log.took
     assert 0.05 <= took < 5
@@ -79,6 +83,7 @@ def test_a_write_that_fails_is_not_ended(caplog):
     with pytest.raises(OSError, match="no such file"):
         log.worker().reload_weights()
     assert log == ["begin", "reload_weights"]
+    assert log.given_up == ["reload_weights has failed"]
     assert "reload_weights failed: no expert moves until weights have been updated" in caplog.text
 
 
@@ -89,7 +94,7 @@ def test_nothing_is_written_if_it_may_not_begin():
         raise RuntimeError("not now")
 
     worker = type("Worker", (), {"reload_weights": lambda self: log.append("written")})
-    follow_updates(worker, refuse, log.end, log.is_open)
+    follow_updates(worker, refuse, log.end, log.give_up)
     with pytest.raises(RuntimeError, match="not now"):
         worker().reload_weights()
     assert log == []
@@ -98,7 +103,7 @@ def test_nothing_is_written_if_it_may_not_begin():
 def test_a_second_state_does_not_wrap_again():
     log = Log()
     other = functools.partial(log.append, "other")
-    follow_updates(log.worker, other, other, log.is_open)
+    follow_updates(log.worker, other, other, log.give_up)
     log.worker().reload_weights()
     assert log == ["begin", "reload_weights", "end"]
 
@@ -126,6 +131,7 @@ def test_an_update_that_fails_half_way_says_that_experts_stay(caplog):
     with pytest.raises(OSError):
         worker.update_weights({})
     assert log == ["begin", "start_weight_update", "update_weights"]
+    assert log.given_up == ["update_weights has failed"]
     words = "update_weights failed: no expert moves from the start of an update until weights have"
     assert words in caplog.text
 

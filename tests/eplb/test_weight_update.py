@@ -346,6 +346,50 @@ def test_a_rank_whose_write_took_long_is_waited_for_as_long_again(moving, monkey
     group.check(is_new=True)
 
 
+def test_a_rank_whose_write_has_failed_is_not_waited_for(moving):
+    """Nor is it at the next failure; and what has failed before keeps no later update from its
+    end."""
+    group = moving()
+    group.move()
+    for _ in range(2):
+        group.run(lambda rank: group.workers[rank].begin_update())
+        assert group.workers[1].give_up_update("reload_weights has failed")
+        group.write(0)
+        begun = time.monotonic()
+        words = (
+            "EP rank 0 waits no longer: reload_weights has failed on EP rank 1; no expert moves "
+            "until weights have been updated on all of them"
+        )
+        with pytest.raises(RuntimeError, match=words):
+            group.workers[0].end_update()
+        assert time.monotonic() - begun < weight_update.PATIENCE / 3
+        group.step(4)
+    group.update()
+    assert not any(worker.give_up_update("finish_weight_update") for worker in group.workers)
+    group.move()
+    group.check(is_new=True)
+    group.update()
+    group.check(is_new=True)
+
+
+def test_a_rank_that_comes_late_to_the_end_does_not_wait_for_one_that_has_gone(moving, monkeypatch):
+    group = moving()
+    group.run(lambda rank: group.workers[rank].begin_update())
+    monkeypatch.setattr(weight_update, "PATIENCE", 0.2)
+    with pytest.raises(
+        RuntimeError, match=r"EP rank 0 has waited 0.2 s for EP ranks \[1\] in vain"
+    ):
+        group.workers[0].end_update()
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"EP rank 1 waits no longer: EP rank 0 has waited 0.2"):
+        group.workers[1].end_update(60.0)
+    assert time.monotonic() - begun < 20
+    monkeypatch.undo()
+    group.update()
+    group.move()
+    group.check(is_new=True)
+
+
 def test_what_the_ranks_have_met_by_does_not_pile_up_in_the_store(moving):
     group = moving()
     group.update()
