@@ -28,6 +28,10 @@ from .step_heat import StepHeat
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
+_NO_THREAD = (
+    "nothing is planned until a thread can be started (%s): raise `ulimit -u`, or the limit of "
+    "processes of the container"
+)
 LONG_PLAN = 60.0
 """Seconds after which a policy that still plans is reported."""
 
@@ -102,9 +106,7 @@ class EngineLoop:
         self._epoch = -1
         self._resumed = False
         self._quiet_until = 0.0
-        self._stopped = False
-        self._full = self._held = False
-        self._threadless = False
+        self._said: set[str] = set()
         self._placement = np.zeros(0)
         log.info(
             "serving an engine: %d layers, %d experts on %d ranks x %d slots",
@@ -169,37 +171,40 @@ class EngineLoop:
     def _is_held(self) -> bool:
         """Whether ranks would drop a plan; says so once."""
         held = self._group.held()
-        if held and not self._held:
-            log.info(
-                "EP ranks %s hold their experts while weights are written or read, or since that "
-                "failed, as their log says; nothing is planned until they go on",
-                held,
-            )
-        self._held = bool(held)
-        return self._held
+        return self._say_once(
+            bool(held),
+            logging.INFO,
+            "EP ranks %s hold their experts while weights are written or read, or since that "
+            "failed, as their log says; nothing is planned until they go on",
+            held,
+        )
 
     def _has_stopped(self) -> bool:
         """Whether ranks balance no more, be there heat and a placement or not; says so once."""
         stopped = self._group.stopped()
-        if stopped and not self._stopped:
-            log.error(
-                "EP ranks %s have stopped balancing, their log says why; nothing is planned "
-                "until the engine is restarted",
-                stopped,
-            )
-        self._stopped = bool(stopped)
-        return self._stopped
+        return self._say_once(
+            bool(stopped),
+            logging.ERROR,
+            "EP ranks %s have stopped balancing, their log says why; nothing is planned until the "
+            "engine is restarted",
+            stopped,
+        )
 
     def _has_rows(self) -> bool:
         """Whether a round can be staged at all; says once if not."""
-        free = self._group.free_rows() > 0
-        if not free and not self._full:
-            log.warning(
-                "a rank's staging rows are all left to transfers that hang; nothing is planned "
-                "until one ends (EPLB_TRANSFER_TIMEOUT); raise EPLB_STAGING_ROWS to go on meanwhile"
-            )
-        self._full = not free
-        return free
+        return not self._say_once(
+            self._group.free_rows() == 0,
+            logging.WARNING,
+            "a rank's staging rows are all left to transfers that hang; nothing is planned until "
+            "one ends (EPLB_TRANSFER_TIMEOUT); raise EPLB_STAGING_ROWS to go on meanwhile",
+        )
+
+    def _say_once(self, is_so: bool, level: int, text: str, *arguments: object) -> bool:
+        """Log `text` if it has come to be so; returns whether it is."""
+        if is_so and text not in self._said:
+            log.log(level, text, *arguments)
+        (self._said.add if is_so else self._said.discard)(text)
+        return is_so
 
     def _begin_plan(self) -> None:
         self._read_boards()
@@ -220,15 +225,9 @@ class EngineLoop:
         try:
             self._planning = self._executor.submit(self._timed, make)
         except RuntimeError as error:
-            if not self._threadless:
-                log.warning(
-                    "nothing is planned until a thread can be started (%s): raise `ulimit -u`, or "
-                    "the limit of processes of the container",
-                    error,
-                )
-            self._threadless = True
+            self._say_once(True, logging.WARNING, _NO_THREAD, error)
             return
-        self._threadless = False
+        self._said.discard(_NO_THREAD)
         self._hangs_at = time.monotonic() + LONG_PLAN
         self._planning.add_done_callback(lambda _: self._wake())
 
