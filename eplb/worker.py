@@ -7,14 +7,10 @@ whether they can balance at all; if one cannot, none does, and each says why.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import secrets
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.util import Finalize
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -43,11 +39,10 @@ from .group import Group, UnsupportedError
 from .planner_watch import PlannerWatch
 from .reference import take_reference
 from .scales import Scales, agree_on_scales
+from .settings import agree_on_settings
 from .weight_update import WeightUpdate
 
 log = logging.getLogger("flash_eplb.worker")
-
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class Worker:
@@ -191,7 +186,9 @@ class Worker:
         """At the first step of all ranks: agree to balance, or not to; equal on all ranks."""
         self._started = True
         try:
-            generation = self._agree()
+            generation = agree_on_settings(self._group, self._config, self._shape)
+            agree_on_forms(self._group, self._engine.weights)
+            agree_on_scales(self._group, self._scales)
             prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
             self._group.store = dist.PrefixStore(prefix, self._group.store)
             self._reference = np.zeros((self._shape.layers, self._shape.experts), np.int64)
@@ -211,32 +208,6 @@ class Worker:
             for name in ("_loader", "_collector", "_update"):  # what was built holds staging rows
                 vars(self).pop(name, None)
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", error)
-
-    def _agree(self) -> int:
-        """That all ranks are set alike; returns the number of this group."""
-        mine = {
-            "host": socket.gethostname(),
-            "boot": _boot_id(),
-            "shape": self._shape,
-            "config": self._config.model_dump(exclude={"log_level"}),
-            "generation": secrets.randbits(62) | 1,
-        }
-        everyone = self._group.gather(mine)
-        for rank, theirs in enumerate(everyone):
-            if theirs["boot"] != everyone[0]["boot"]:
-                raise UnsupportedError(
-                    f"EP rank {rank} is on host {theirs['host']} and EP rank 0 on "
-                    f"{everyone[0]['host']}: an EP group over several hosts is not supported yet"
-                )
-            for what in ("config", "shape"):
-                if theirs[what] != everyone[0][what]:
-                    raise UnsupportedError(
-                        f"EP rank {rank} and EP rank 0 differ in their {what}: "
-                        f"{_difference(theirs[what], everyone[0][what])}"
-                    )
-        agree_on_forms(self._group, self._engine.weights)
-        agree_on_scales(self._group, self._scales)
-        return everyone[0]["generation"]
 
     def _check_limits(self) -> None:
         """Before anything is made, so that the text speaks of the whole group."""
@@ -414,20 +385,3 @@ class Worker:
             segment.close()
         self._segment = None
         self._peers = []
-
-
-def _boot_id() -> str:
-    """Equal on ranks of one host; "" where a sandbox hides it: then what they share tells."""
-    with contextlib.suppress(OSError), open(_BOOT_ID) as file:
-        return file.read().strip()
-    return ""
-
-
-def _difference(mine: Any, theirs: Any) -> str:
-    if not isinstance(mine, dict):
-        return f"{mine} and {theirs}"
-    return ", ".join(
-        f"EPLB_{name.upper()}={mine[name]!r} and {theirs[name]!r}"
-        for name in mine
-        if mine[name] != theirs[name]
-    )

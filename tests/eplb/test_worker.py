@@ -259,14 +259,14 @@ def test_the_phase_of_a_step_is_recorded(workers, session):
 
 def test_hosts_that_differ_are_refused_by_name(workers, monkeypatch):
     boots = iter(["one", "two"])
-    monkeypatch.setattr("flash_eplb.eplb.worker._boot_id", lambda: next(boots))
+    monkeypatch.setattr("flash_eplb.eplb.settings._boot_id", lambda: next(boots))
     group = workers()
     group.step()
     assert "several hosts is not supported" in group.workers[0].refused
 
 
 def test_a_host_that_does_not_tell_its_boot_is_told_by_its_shared_memory(workers, monkeypatch):
-    monkeypatch.setattr("flash_eplb.eplb.worker._BOOT_ID", "/proc/none/boot_id")
+    monkeypatch.setattr("flash_eplb.eplb.settings._BOOT_ID", "/proc/none/boot_id")
     group = workers()
     group.step()
     assert not group.workers[0].refused
