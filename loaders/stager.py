@@ -91,6 +91,7 @@ class Stager:
         self.result: Result | None = None
         self.busy = False
         self.waits = False  # for other ranks, in the transport
+        self._looks = False  # at a live expert
         self._failed_look = ""  # why the latest look that failed did
         self._thread = threading.Thread(target=self._run, name="eplb-stager", daemon=True)
         self._thread.start()
@@ -99,6 +100,7 @@ class Stager:
         """Main thread: hand over a round. The stager must not be busy."""
         assert not self.busy
         self.busy, self.result = True, None
+        self._looks = errand.beat is not None
         event = None if self._device.is_host else self._device.event()
         if event is not None:
             event.record()  # in the engine's stream: what it has issued so far comes first
@@ -107,6 +109,12 @@ class Stager:
     def close(self) -> None:
         """Main thread: let the thread end after what it is doing."""
         self._errands.put(None)
+
+    def leave(self) -> None:
+        """Main thread, which gives no more errands: the others need not wait for the connections
+        of a look that hangs, which uses none. In a thread, for their end may hang, too."""
+        if self._looks:
+            threading.Thread(target=self._transport.disconnect, daemon=True).start()
 
     def _run(self) -> None:
         _take_no_core_on_waking()

@@ -103,7 +103,8 @@ class StagerPool:
         self._hung.append(_Hung(self._stager, self._taken))
         self._free = [row for row in self._free if row not in self._taken]
         self._taken = []
-        self._stager = self._make()
+        hung, self._stager = self._stager, self._make()
+        hung.leave()
         return True
 
     def watch(self, step: int, most: int, has_round: bool) -> None:

@@ -101,6 +101,9 @@ class RowStager:
         self.busy, self.result = True, None
         self._errand, self._wait = errand, TRANSFER_STEPS
 
+    def leave(self) -> None:
+        """See `Stager`; there are no connections."""
+
     def close(self) -> None:
         """See `Stager`."""
 

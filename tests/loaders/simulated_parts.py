@@ -93,6 +93,9 @@ class SimulatedStager:
         """Whether it is at something that other ranks have a part in."""
         return self.busy and not self.is_hung and self.transfer.errand.beat is None
 
+    def leave(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

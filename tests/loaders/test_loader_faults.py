@@ -337,6 +337,31 @@ def test_a_look_that_hangs_holds_up_no_plan_for_ever(cluster, monkeypatch, caplo
     release.set()
 
 
+def test_nobody_waits_for_the_connections_that_a_look_holds_which_hangs(cluster, monkeypatch):
+    """The peers' only row comes back with the first round, not after the transfer's timeout."""
+    group = cluster(timeout_steps=60, patrol_steps=1, rows=1, transfer_timeout=30.0)
+    release, look = threading.Event(), stager_module.Stager._look
+
+    def hang(self, beat):
+        if self._rank == 1:
+            release.wait(60)
+        return look(self, beat)
+
+    monkeypatch.setattr(stager_module.Stager, "_look", hang)
+    group.tick_until(lambda: group.ranks[1].stagers.busy)
+    monkeypatch.setattr(stager_module.Stager, "_look", look)
+    group.tick_until(lambda: bool(group.ranks[1].stagers._hung))
+    begun = time.monotonic()
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.QUARANTINED_ROWS] == 0, most=20000)
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    assert time.monotonic() - begun < 15
+    group.check_consistent()
+    release.set()
+
+
 def test_looks_that_hang_one_after_the_other_are_said_to_hold_up_everything_once(
     cluster, monkeypatch, caplog
 ):
