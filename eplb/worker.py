@@ -314,6 +314,12 @@ class Worker:
     def _check_supported(self) -> None:
         if reason := self._unsupported():
             raise UnsupportedError(reason)
+        for layer in range(self._shape.layers):
+            if name := self._engine.replaced(layer):
+                raise UnsupportedError(
+                    f"layer {layer}: {name} is in other memory than at the start, so what we move "
+                    "is no longer what the engine computes with"
+                )
 
     def _redigest(self) -> None:
         """The weights are new: so are the digests that prove them, and what would stay behind."""

@@ -443,6 +443,22 @@ def test_rows_that_differ_since_an_update_and_would_stay_behind_stop_balancing(m
     assert np.array_equal(group.placement, group.initial)
 
 
+def test_weights_that_an_update_puts_into_other_memory_stop_balancing_though_no_digest_is_taken(
+    moving,
+):
+    """Experts would move in memory that nobody reads, and the tables would follow them."""
+    group = moving(verify=False)
+    group.move()
+    group.engines[1].replaced = lambda layer: "w2_weight" * layer
+    group.update()
+    for worker in group.workers:
+        assert worker._loader.stopped == (
+            "after an update of the weights, EP rank 1: layer 1: w2_weight is in other memory than "
+            "at the start, so what we move is no longer what the engine computes with"
+        )
+    assert np.array_equal(group.placement, group.initial)
+
+
 def test_a_rank_that_cannot_look_after_an_update_stops_balancing_on_all(moving):
     group = moving()
     group.workers[1]._unsupported = lambda: 1 // 0
