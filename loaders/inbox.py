@@ -2,7 +2,8 @@
 
 Rounds of a planner that no longer owns the queue, of a plan that lost one of its rounds, or of a
 plan that a newer one has superseded are dropped; what cannot be right is refused. Both are counted,
-and the planner is told by sequence number.
+and the planner is told by sequence number. While it is held all rounds of planners are dropped, and
+what waits are rounds of ours, that bring experts back to where the engine's loader writes them.
 """
 
 from __future__ import annotations
@@ -42,12 +43,37 @@ class Inbox:
         self._status = status
         self._rank = rank
         self._waiting: deque[Pending] = deque()
+        self._home: deque[Pending] = deque()
+        self.is_held = False
+        self._drops_said = False
         self._void = (0, 0)
         self._complaints: set[str] = set()
 
+    def hold(self, home: list[bytes]) -> None:
+        """Let no round of a planner wait until `release`, but those of `home`, in order."""
+        self.is_held, self._drops_said = True, False
+        self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home)
+
+    def release(self) -> None:
+        """Rounds of planners wait again."""
+        self.is_held = False
+
+    @property
+    def has_home(self) -> bool:
+        """Whether a round waits that `hold` was given."""
+        return bool(self._home)
+
+    def drop_home(self) -> None:
+        """One of the rounds that `hold` was given has failed, on which the others rely."""
+        self._home.clear()
+
     @property
     def head(self) -> Pending | None:
-        """The oldest round of the planner that owns the queue; those of others are dropped."""
+        """The oldest round of the planner that owns the queue, while others are dropped; where it
+        is held, the next one that brings experts back."""
+        if self.is_held:
+            self._drop_all()
+            return self._home[0] if self._home else None
         while self._waiting:
             if self._waiting[0].round.generation == self._plans.generation:
                 return self._waiting[0]
@@ -81,15 +107,9 @@ class Inbox:
 
     def take(self, identity: int) -> None:
         """The round is started: it waits no longer, if it still did."""
-        if self._waiting and self._waiting[0].identity == identity:
-            self._waiting.popleft()
-
-    def drop_all(self) -> int:
-        """Nothing that is here now will be started; returns how many rounds that is."""
-        dropped = len(self._waiting)
-        while self._waiting:
-            self._drop(self._waiting.popleft())
-        return dropped
+        for waiting in (self._waiting, self._home):
+            if waiting and waiting[0].identity == identity:
+                waiting.popleft()
 
     def drop_plan(self, round_: Round) -> None:
         """Drop what is left of the plan of `round_`, and what still comes of it.
@@ -117,6 +137,17 @@ class Inbox:
             self._status[Field.GENERATION] = 0
             self._status[Field.COMMITTED_ROUND] = self._status[Field.DROPPED_ROUND] = 0
             self._status[Field.GENERATION] = generation
+
+    def _drop_all(self) -> None:
+        if self._waiting and not self._drops_said:
+            self._drops_said = True
+            log.warning(
+                "EP rank %d drops the planner's rounds until the engine has written or read "
+                "weights",
+                self._rank,
+            )
+        while self._waiting:
+            self._drop(self._waiting.popleft())
 
     def _drop(self, pending: Pending) -> None:
         self._status.add(Field.STALE)

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..ipc.rank_segment import RankSegment
-from ..ipc.round import Round, RoundError, check_round, decode_round, round_identity
+from ..ipc.round import Round, RoundError, check_round
 from ..ipc.status import Field, State
 from .errand import Result
 from .inbox import HOME, Inbox, Pending
@@ -88,9 +87,6 @@ class Loader:
         self._patrol = patrol
         self._vote_steps = vote_steps
         self._timeout_steps = timeout_steps
-        self._home: deque[Pending] = deque()
-        self._held = False
-        self._drops_said = False
         self._voted: Candidate | None = None
         self._votes_later = False
         self._active: Candidate | None = None
@@ -150,10 +146,8 @@ class Loader:
             home: rounds to be carried out meanwhile, in order, equal on all ranks; they follow on
                 the epoch of now.
         """
-        self._held = True
-        self._drops_said = False
+        self._inbox.hold(home or [])
         self._show(State.HELD)
-        self._home = deque(Pending(round_identity(one), decode_round(one)) for one in home or [])
 
     def reordering(self, placement: np.ndarray) -> Callable[[], None]:
         """What gives experts other slots on the ranks where they are, and even routing columns in
@@ -181,7 +175,7 @@ class Loader:
 
         Whatever the planner has sent so far was made for an epoch that has passed.
         """
-        self._held = False
+        self._inbox.release()
         if not self.stopped:
             self._turn_epoch()
             self._show(State.IDLE)
@@ -189,7 +183,7 @@ class Loader:
     @property
     def is_idle(self) -> bool:
         """Whether no round is under way and none waits that `hold` was given."""
-        return self._active is None and not self._home
+        return self._active is None and not self._inbox.has_home
 
     @property
     def is_busy(self) -> bool:
@@ -220,15 +214,8 @@ class Loader:
         self._stagers.watch(self._step, self._timeout_steps, self._active is not None)
         if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
-        if self._held:
-            if self._inbox.drop_all() and not self._drops_said:
-                self._drops_said = True
-                log.warning(
-                    "EP rank %d drops the planner's rounds until the engine has written or read "
-                    "weights",
-                    self._rank,
-                )
-            return self._checked(self._home[0]) if self._home else None
+        if self._inbox.is_held:
+            return self._checked(home) if (home := self._inbox.head) else None
         if self._active is not None:
             return self._following()
         while (head := self._inbox.head) is not None:
@@ -264,7 +251,7 @@ class Loader:
 
     def _look(self) -> None:
         """Hand the next live expert to a stager that has nothing else to do until the next vote."""
-        if self._voted or self._active or self._held or self._stagers.busy:
+        if self._voted or self._active or self._inbox.is_held or self._stagers.busy:
             return
         beat = self._patrol.next(self._step, self.placement[:, self._rank])
         if beat is not None:
@@ -323,7 +310,8 @@ class Loader:
 
     def _is_refused(self, candidate: Candidate | None) -> bool:
         """Whether `hold` has come since all ranks voted for this round; the same on all of them."""
-        return self._held and candidate is not None and candidate.round.generation != HOME
+        is_planners = candidate is not None and candidate.round.generation != HOME
+        return self._inbox.is_held and is_planners
 
     def _start(self, at_once: bool) -> None:
         """The voted round is under way; its transfer begins in the next step if this one commits,
@@ -333,8 +321,6 @@ class Loader:
         self._active_since = self._step
         self._times.start(self._step)
         self._inbox.take(active.identity)
-        if self._home and self._home[0].identity == active.identity:
-            self._home.popleft()
         self._show(State.STAGING)
         self._begins_later = not at_once
         if at_once:
@@ -373,7 +359,7 @@ class Loader:
     def _rest(self) -> None:
         """No round is under way now."""
         self._active = None
-        self._show(State.HELD if self._held else State.IDLE)
+        self._show(State.HELD if self._inbox.is_held else State.IDLE)
 
     def _show(self, state: State) -> None:
         """A loader that has stopped has stopped, whatever else is so."""
@@ -408,7 +394,7 @@ class Loader:
 
     def _drop_active(self) -> None:
         assert self._active is not None
-        self._home.clear()
+        self._inbox.drop_home()
         self._voted = None  # it may have been checked against what is not committed now
         self._status.add(Field.ABORTED)
         self._times.end(self._active.round, self._step, self._result(), rows=0)
