@@ -107,7 +107,8 @@ class FlashState:
         self._agreed = True
         worker = self._agreed_on(lambda: self._worker_of(states))
         if len(states) > 1 and not self.inert:  # all ranks ask this, or none: it is a collective
-            worker = self._agreed_on(lambda: self._worker_of(self._loaded(states)))
+            whole = worker
+            worker = self._agreed_on(lambda: self._without_unloaded(whole, states))
         if self.inert:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
@@ -117,7 +118,7 @@ class FlashState:
         if worker is not None and not is_dummy:
             worker.forward(0)  # the pass that this first step ends
 
-    def _agreed_on(self, make: Callable[[], Worker]) -> Worker | None:
+    def _agreed_on(self, make: Callable[[], Worker | None]) -> Worker | None:
         """What `make` gives, if it does so on all ranks; where it does not, `inert` says why."""
         worker, mine = None, self.inert
         try:
@@ -147,6 +148,11 @@ class FlashState:
 
     def _group(self) -> Group:
         return balanced.group_of(get_ep_group(), self.parallel_config.tensor_parallel_size)
+
+    def _without_unloaded(self, whole: Worker | None, states: list[Any]) -> Worker | None:
+        """`whole`, which is of all `states`, or a worker of those that are `_loaded`."""
+        loaded = self._loaded(states)
+        return whole if len(loaded) == len(states) else self._worker_of(loaded)
 
     def _loaded(self, states: list[Any]) -> list[Any]:
         """Without the drafters whose replicas of experts differ; a collective of all ranks.
