@@ -127,7 +127,7 @@ class HeatCollector:
         if flags & self._uncounted:
             self._drop_left()
             self._clear()
-            self._enqueue(_Copy(span, None, None))
+            self._enqueue_dummy(span)
         else:
             self._issue(span)
         self._write_arrived(step)
@@ -152,7 +152,7 @@ class HeatCollector:
                 self._clear()
                 return
             span = self._left.followed_by(span)
-        if not self._free:
+        if not self._free or len(self._on_their_way) == QUEUED:
             self._left = span
             self.merged += 1
             return
@@ -162,11 +162,11 @@ class HeatCollector:
         self._clear()
         event = self._device.event()
         event.record()
-        self._enqueue(_Copy(span, counts, event))
+        self._on_their_way.append(_Copy(span, counts, event))
 
-    def _enqueue(self, copy: _Copy) -> None:
+    def _enqueue_dummy(self, span: _Span) -> None:
         if len(self._on_their_way) < QUEUED:
-            self._on_their_way.append(copy)
+            self._on_their_way.append(_Copy(span, None, None))
         else:
             self.dropped += 1
 

@@ -228,6 +228,27 @@ def test_dummy_steps_behind_a_copy_that_never_arrives_do_not_pile_up():
     assert len(engine.records()) == QUEUED
 
 
+def test_a_step_behind_as_many_as_may_wait_keeps_its_heat_and_no_buffer_is_lost():
+    """Idle ranks run dummy steps; a request that comes while their device stands still is next."""
+    engine = Engine()
+    engine.step(tokens=1)
+    for _ in range(QUEUED):
+        engine.step(flags=FLAG_DUMMY)
+    dropped = engine.collector.dropped
+    for _ in range(BUFFERS):
+        engine.step(tokens=7)
+    engine.device.run()
+    engine.step(tokens=2)
+    engine.device.run()
+    for _ in range(BUFFERS):
+        engine.step(tokens=3)
+    engine.device.run(BUFFERS)
+    engine.step(flags=FLAG_DUMMY)
+    heat = [(tokens, span) for _, tokens, flags, _, span, _ in engine.records() if not flags]
+    assert heat == [(1, 1), (BUFFERS * 7 + 2, BUFFERS + 1), *[(3, 1)] * BUFFERS]
+    assert engine.collector.dropped == dropped
+
+
 @given(
     st.lists(
         st.tuples(
