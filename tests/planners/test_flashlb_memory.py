@@ -274,7 +274,7 @@ def test_no_heat_that_changes_is_followed_worse_for_earlier_windows(family, rank
 @pytest.mark.parametrize(("ranks", "slots", "experts"), [(8, 9, 64), (32, 9, 256), (16, 18, 256)])
 def test_an_abrupt_change_is_followed_before_it_fills_the_window(ranks, slots, experts):
     left = []
-    for seed in range(3):  # now and then a plan is made from the change alone, and one more follows
+    for seed in range(3):  # one model in twelve takes a plan more
         par = followed(abrupt(np.random.default_rng(seed), experts), 20_000, ranks, slots)
         stale = par[12]  # the plan of the 104th episode has seen four of them: perhaps a burst
         assert stale > 1.5
