@@ -124,6 +124,12 @@ class Config(BaseSettings):
         """Steps from one bell to the next: an episode, or less where the ring would be overrun."""
         return min(self.episode_steps, self.ring_steps // 2)
 
+    @field_validator("initial_placement", "save_placement", "record")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        """With the home folder for a `~`, which no shell has replaced in an environment file."""
+        return os.path.expanduser(value)
+
     @field_validator("session")
     @classmethod
     def _session(cls, value: str) -> str:

@@ -156,6 +156,14 @@ def test_a_policy_is_a_name_of_ours_or_of_an_entry_point(environment):
         ]
 
 
+@pytest.mark.parametrize("name", ["initial_placement", "save_placement", "record"])
+def test_a_path_may_begin_with_a_tilde_that_no_shell_has_replaced(name, environment):
+    environment.setenv("HOME", "/home/someone")
+    for value, path in (("~/x", "/home/someone/x"), ("a~/x", "a~/x"), ("/x/~", "/x/~"), ("", "")):
+        environment.setenv(variable(name), value)
+        assert getattr(load_config(), name) == path
+
+
 def test_all_wrong_values_are_reported_together(environment):
     wrong = dict.fromkeys(
         DEFAULTS.keys() - {"record", "initial_placement", "save_placement"}, "?"
