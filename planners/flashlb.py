@@ -57,7 +57,7 @@ class FlashLB:
     placement that the last plan gave it.
 
     Args:
-        ranks: EP ranks, at least 1.
+        ranks: EP ranks, from 1 to 1,024.
         slots_per_rank: slots of each layer on each rank, at least 1.
         ranks_per_node: consecutive ranks that share a node, whose weights are taken first; None
             if distance is of no matter.
@@ -100,7 +100,7 @@ class FlashLB:
         max_layers: int | None = None,
         threads: int = 1,
     ) -> None:
-        self.ranks = whole("ranks", ranks, 1)
+        self.ranks = whole("ranks", ranks, 1, MOST_COLUMNS)  # an expert may be on all of them
         self.slots_per_rank = whole("slots_per_rank", slots_per_rank, 1)
         self.ranks_per_node = None
         if ranks_per_node is not None:

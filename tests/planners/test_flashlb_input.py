@@ -16,7 +16,8 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("argument", "value", "allowed"),
     [
-        ("ranks", 0, "it must be a whole number of at least 1"),
+        ("ranks", 0, "it must be a whole number of at least 1 and at most 1024"),
+        ("ranks", 1025, "it must be a whole number of at least 1 and at most 1024"),
         ("ranks", 2.5, "it must be a whole number of at least 1"),
         ("ranks", "4", "it must be a whole number of at least 1"),
         ("slots_per_rank", 0, "it must be a whole number of at least 1"),
