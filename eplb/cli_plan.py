@@ -142,6 +142,12 @@ def _trials(
     if not ranks:
         fail("a file of counts tells no ranks: give --ranks")
     fewest = -(-source.experts // ranks)
+    most = source.experts - fewest
+    if numbers[-1] > most:
+        fail(
+            f"--redundant is up to {numbers[-1]}; it must be at most {most}: a rank of {ranks} has "
+            f"{fewest} of {source.experts} experts without redundant ones, and holds none twice"
+        )
     first = _Trial("start", *start_of(source, ranks, 0 if ranks == recorded else fewest))
     planned = (_Trial(f"+{n}", *start_of(source, ranks, fewest + n)) for n in numbers)
     return [first, *planned]

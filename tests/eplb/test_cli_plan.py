@@ -314,8 +314,8 @@ def test_one_episode_has_nothing_to_hold_out(heat, environment):
         ),
         (
             ["--ranks", "4", "--redundant", "0..13"],
-            "16 experts on 4 ranks x 17 slots: every expert needs a slot, and no rank holds one "
-            "twice",
+            "--redundant is up to 13; it must be at most 12: a rank of 4 has 4 of 16 experts "
+            "without redundant ones, and holds none twice",
         ),
         (
             ["--ranks", "2", "--slots-per-rank", "2"],
