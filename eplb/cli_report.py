@@ -41,17 +41,19 @@ def report(
     if page is not None:
         _need_plotly()
     said = []
-    with one_sentence():
-        from ..planners.recording import Recording
+    try:
+        with one_sentence():
+            from ..planners.recording import Recording
 
-        recording = Recording(folder)
-        if page is not None:
-            title = title or f"Expert balance: {Path(folder).resolve().name}"
-            said.append(_write_page(recording, page, title))
-        if timeline is not None:
-            said.append(_write_trace(recording, timeline))
-    for line in said:
-        typer.echo(line)
+            recording = Recording(folder)
+            if page is not None:
+                title = title or f"Expert balance: {Path(folder).resolve().name}"
+                said.append(_write_page(recording, page, title))
+            if timeline is not None:
+                said.append(_write_trace(recording, timeline))
+    finally:  # what is written stays, whatever comes after it
+        for line in said:
+            typer.echo(line)
 
 
 def _need_plotly() -> None:

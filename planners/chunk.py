@@ -139,6 +139,11 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
             "others read it (chmod)"
         ) from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's word, not numpy's
+            raise ChunkError(
+                f"{path} cannot be read: {error.strerror}; it may be whole, read it again once "
+                "that is mended"
+            ) from error
         raise damaged(path, reason(error)) from error
     except Exception as error:  # zlib.error and what else damaged bytes lead to
         raise damaged(path, f"{type(error).__name__}: {reason(error)}") from error

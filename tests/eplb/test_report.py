@@ -280,6 +280,21 @@ def test_a_disk_that_is_full_leaves_no_half_page(folder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["recording"]
 
 
+def test_a_page_that_is_written_is_said_though_the_time_line_fails(folder, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source, target, **rest):
+        if str(target).endswith(".json"):
+            raise OSError(28, "No space left on device")
+        return replace(source, target, **rest)
+
+    monkeypatch.setattr(os, "replace", full)
+    done = report(folder, "-o", tmp_path / "r.html", "--trace", tmp_path / "t.json")
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'r.html'}: " in done.stdout
+    assert f"--trace {tmp_path / 't.json'} cannot be written: [Errno 28]" in done.stderr
+
+
 def test_an_output_that_nobody_reads_is_not_blamed_on_the_files(folder, tmp_path):
     command = [sys.executable, "-m", "flash_eplb.eplb.cli", "report", folder, "--trace", "t.json"]
     reader, writer = os.pipe()

@@ -222,7 +222,10 @@ def test_a_disk_that_fails_is_said_whatever_the_folder_is_called(folder, monkeyp
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("flash_eplb.planners.chunk.open", fail, raising=False)
-    assert "damaged ([Errno 5] Input/output error: " in refusal(pickles)
+    assert refusal(pickles) == (
+        f"{pickles}/000001.npz cannot be read: Input/output error; it may be whole, read it again "
+        "once that is mended"
+    )
 
 
 def test_a_folder_that_is_no_recording_is_said(tmp_path):
