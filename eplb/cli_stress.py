@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,7 +52,7 @@ def stress(
     patience: Annotated[float, typer.Option(help="Seconds to resume in after a fault.")] = 60,
     json_file: Annotated[str, typer.Option("--json", help="Write the figures here, too.")] = "",
     show_list: Annotated[bool, typer.Option("--list", help="Scenarios and faults.")] = False,
-    private_shm: Annotated[bool, typer.Option(hidden=True)] = False,
+    outside: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Run synthetic ranks, a real planner and real shared memory, and check every promise.
 
@@ -66,8 +66,8 @@ def stress(
         _list()
         return
     names = _faults(faults)
-    if "shm-full" in names and not private_shm:
-        _again_in_private()
+    if "shm-full" in names:
+        _be_private(outside)
     if scenario.startswith(REPLAY):
         layers, experts = _recorded_shape(context, scenario.removeprefix(REPLAY))
         scenario = REPLAY + os.path.abspath(scenario.removeprefix(REPLAY))
@@ -84,7 +84,7 @@ def stress(
             folder, config, scenario, (layers, experts, ranks, slots), tokens, top_k,
             steps_per_second, seed, weights,
         )  # fmt: skip
-        if private_shm:
+        if "shm-full" in names:
             _mount_private(setup, config)
         _check_session(config.session)
         _check_limits(setup, config)
@@ -253,8 +253,17 @@ def _check_limits(setup: Setup, config: Config) -> None:
         fail(str(error))
 
 
-def _again_in_private() -> NoReturn:
-    """Start this command again where what it mounts is seen by nobody else."""
+def _be_private(outside: str) -> None:
+    """Start this command again where what it mounts is seen by nobody else.
+
+    Args:
+        outside: the mount namespace that it was started in, if this is that again; else empty.
+    """
+    here = os.readlink("/proc/self/ns/mnt")
+    if outside == here:
+        fail(f"shm-full needs another mount namespace than {here}; name the other --faults")
+    if outside:
+        return
     if (
         not shutil.which(_UNSHARE[0])
         or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode
@@ -263,7 +272,7 @@ def _again_in_private() -> NoReturn:
             "shm-full needs a mount namespace of its own and `unshare --mount` is refused here; "
             "run as root, in a container with CAP_SYS_ADMIN, or name the other --faults"
         )
-    again = command_of("cli", *sys.argv[1:], "--private-shm")
+    again = command_of("cli", *sys.argv[1:], "--outside", here)
     os.execvp(_UNSHARE[0], [*_UNSHARE, *again])
 
 

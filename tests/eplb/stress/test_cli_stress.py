@@ -469,11 +469,20 @@ def test_where_no_mount_can_be_private_it_says_so(environment, tmp_path):
         assert "shm-full needs a mount namespace of its own" in result.stderr
 
 
+def test_nothing_is_mounted_where_others_see_it(environment):
+    here = os.readlink("/proc/self/ns/mnt")
+    result = CliRunner().invoke(app, ["stress", "--faults", "shm-full", "--outside", here])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"eplb: shm-full needs another mount namespace than {here}; name the other --faults\n",
+    )
+
+
 def test_where_it_starts_again_with_a_private_mount_it_warns_once(stress, tmp_path):
     bin = tmp_path / "bin"
     bin.mkdir()
     every_option = 'while [ "${1#--}" != "$1" ]; do shift; done'
-    (bin / "unshare").write_text(f'#!/bin/sh\n{every_option}\nexec "$@"\n')
+    (bin / "unshare").write_text(f'#!/bin/sh\n{every_option}\nexec "$@" --outside another\n')
     (bin / "mount").write_text("#!/bin/sh\necho mount: no tmpfs here >&2\nexit 32\n")
     for file in bin.iterdir():
         file.chmod(0o755)
