@@ -27,7 +27,7 @@ def test_the_other_rank_steps_on_and_holds_what_its_board_shows(session):
         assert exit_code == -9, point
         assert IN_UPDATE.get(point, IS_DEAD) in survivor["why"], point
         assert survivor["is_whole"], point
-        assert survivor["longest"] < 2, point
+        assert survivor["longest"] < 4, point  # seconds; a transfer would take 5
     early = ["a stager begins", "experts were exchanged"]
     assert [figures[point][0]["epoch"] for point in early] == [0, 0]
     assert all(figures[point][0]["epoch"] > 0 for point in figures if point not in early)
