@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Config
 
 log = logging.getLogger("flash_eplb.worker")
 
@@ -44,22 +48,10 @@ def register() -> None:
 def _balance() -> None:
     """Install the hooks that balance, if all settings are right and ask for them."""
     from ..kernel_cache import notice
-    from .config import ConfigError, load_config, twice_set, unknown_variables
     from .logs import configure
 
-    try:
-        config = load_config()
-    except ConfigError as error:
-        configure("INFO")
-        log.error("flash_eplb is off: %s", error)
-        return
-    if unknown := unknown_variables():
-        configure(config.log_level)
-        log.warning("%s: no setting of flash_eplb, misspelt? see `eplb config`", ", ".join(unknown))
-    for text in twice_set():
-        configure(config.log_level)
-        log.warning("%s; unset the other", text)
-    if not config.enabled:
+    config = _settings()
+    if config is None or not config.enabled:
         return
     configure(config.log_level)
     if text := notice():
@@ -82,6 +74,30 @@ def _balance() -> None:
         _sweep_at_exit(config.session)
     except Exception:
         log.exception("flash_eplb is off: it does not fit this vLLM, which serves on without it")
+
+
+def _settings() -> Config | None:
+    """The settings; None if any is wrong. All that is wrong is logged, names that are no setting
+    and settings that are there twice too."""
+    from .config import ConfigError, load_config, twice_set, unknown_variables
+    from .logs import configure
+
+    config, wrong = None, ""
+    try:
+        config = load_config()
+    except ConfigError as error:
+        wrong = str(error)
+    odd = [f"{text}; unset the other" for text in twice_set()]
+    if unknown := unknown_variables():
+        names = ", ".join(unknown)
+        odd.insert(0, f"{names}: no setting of flash_eplb, misspelt? see `eplb config`")
+    if odd or wrong:
+        configure(config.log_level if config else "INFO")
+    for text in odd:
+        log.warning(text)
+    if wrong:
+        log.error("flash_eplb is off: %s", wrong)
+    return config
 
 
 def _let_ray_copy() -> None:

@@ -56,10 +56,13 @@ def test_all_wrong_values_are_logged_and_nothing_is_raised():
     assert "Traceback" not in result.stderr
 
 
-def test_a_variable_that_is_misspelt_is_named_although_nothing_is_enabled():
-    result = run(HEAVY, EPLB_ENABLE="1", EPLB_WINDOWS="3")
+@pytest.mark.parametrize("others", [{}, {"EPLB_VERIFY": "maybe", "eplb_session": "a"}])
+def test_a_variable_that_is_misspelt_is_named_although_nothing_is_enabled(others):
+    result = run(HEAVY, EPLB_ENABLE="1", EPLB_WINDOWS="3", EPLB_SESSION="a", **others)
     assert result.stdout == "[]\n"
     assert "EPLB_ENABLE, EPLB_WINDOWS: no setting of flash_eplb, misspelt?" in result.stderr
+    assert ("are one setting" in result.stderr) == bool(others)
+    assert ("flash_eplb is off: wrong settings" in result.stderr) == bool(others)
 
 
 @pytest.fixture
