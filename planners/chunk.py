@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -65,6 +66,7 @@ _KINDS = {"models": list, "row_bytes": list, "settings": dict}
 
 _NAME = re.compile(r"[0-9]{6,}\.npz")
 TEMPORARY = ".tmp"
+_OF_BYTES = (None, errno.EINVAL)  # numbers of errors that damaged bytes lead to: they name places
 _LEVEL = 1  # of zlib: level 6 takes five times as long for a few per cent
 
 
@@ -139,7 +141,7 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
             "others read it (chmod)"
         ) from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's word, not numpy's
+        if isinstance(error, OSError) and error.errno not in _OF_BYTES:
             raise ChunkError(
                 f"{path} cannot be read: {error.strerror}; it may be whole, read it again once "
                 "that is mended"

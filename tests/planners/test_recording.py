@@ -138,18 +138,17 @@ def test_an_epoch_of_another_run_is_another_placement(folder):
 
 
 @pytest.mark.parametrize("at", [0.02, 0.3, 0.5, 0.7, 0.9, 0.999])
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_damaged_chunk_is_named_with_what_to_do(folder, at, cut):
+@pytest.mark.parametrize("damage", ["cut", "missing", "flipped"])
+def test_a_damaged_chunk_is_named_with_what_to_do(folder, at, damage):
     path = folder / "000002.npz"
-    content = bytearray(path.read_bytes())
+    content = path.read_bytes()
     place = int(len(content) * at)
-    if cut:
-        path.write_bytes(content[:place])
-    else:
-        content[place : place + 40] = bytes(255 - byte for byte in content[place : place + 40])
-        path.write_bytes(content)
+    before, bad, after = content[:place], content[place : place + 40], content[place + 40 :]
+    flipped = bytes(255 - byte for byte in bad)
+    path.write_bytes(before + {"cut": b"", "missing": after, "flipped": flipped + after}[damage])
     said = refusal(folder, lambda r: (list(r.steps()), r.table("plan_moves"), r.table("outcomes")))
     assert str(path) in said
+    assert "it may be whole" not in said
     path.unlink()
     assert len(list(Recording(folder).steps())) == 30
 
