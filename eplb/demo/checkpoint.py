@@ -44,10 +44,18 @@ def write_checkpoint(folder: Path, size: TinyMoE | None = None) -> Path:
     Embeddings and output rows of a topic share a direction, and in each layer the router rows of
     `top_k` experts, drawn at random, lean towards it: prompts of one topic keep a few experts
     hot, and another topic moves the heat to others.
+
+    Raises:
+        OSError: something else stands there, or it cannot be written.
     """
     size = size or TinyMoE()
     if (folder / "config.json").exists():
         return folder
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is there and is no checkpoint of the demo; move it elsewhere, or give "
+            "another --folder"
+        )
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging

@@ -126,3 +126,19 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_written_anew(monkeypatc
     before = os.stat(written / "config.json").st_mtime_ns
     assert write_checkpoint(folder, sizes) == folder
     assert os.stat(written / "config.json").st_mtime_ns == before
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_stands_in_the_checkpoint_s_place_is_left_alone(is_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # without a vLLM, too
+    place = tmp_path / "tiny-moe"
+    if is_folder:
+        place.mkdir()
+    (place / "mine" if is_folder else place).write_text("mine")
+    found = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path)])
+    assert (found.exit_code, found.stderr) == (
+        2,
+        f"eplb: {place} is there and is no checkpoint of the demo; move it elsewhere, or give "
+        "another --folder\n",
+    )
