@@ -214,7 +214,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
     Raises:
         RuntimeError: this vLLM's `EplbState` is not the one we know; upstream stays in charge.
     """
-    _warn_where_eplb_is_off()
+    _warn_of_what_does_nothing()
     missing = [
         name
         for name in ("add_model", "prepare_forward", "step", "rearrange")
@@ -259,8 +259,9 @@ def install(config: Config, is_ascend: bool = False) -> None:
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]
 
 
-def _warn_where_eplb_is_off() -> None:
-    """Say so where vLLM is started without --enable-eplb: we would be on and do nothing."""
+def _warn_of_what_does_nothing() -> None:
+    """Say so where vLLM is started without --enable-eplb, where we do nothing, or is to log what
+    only its own step logs."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
@@ -269,6 +270,12 @@ def _warn_where_eplb_is_off() -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = original(self, *args, **kwargs)
         if made.parallel_config.enable_eplb:
+            theirs = getattr(made.parallel_config, "eplb_config", None)
+            if getattr(theirs, "log_balancedness", False):
+                log.warning(
+                    "log_balancedness of --eplb-config logs nothing where flash_eplb balances, for "
+                    "vLLM's own step does not run: the planner's log tells PAR, its inverse"
+                )
             return made
         without = "vLLM runs without --enable-eplb"
         if current_platform.device_type == "npu" and not getattr(made, "use_v2_model_runner", 0):

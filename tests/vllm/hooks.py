@@ -16,6 +16,7 @@ MODES = {
     "pp2": {"pipeline_parallel_size": 2},
     "tp2 dp2": {"data_parallel_size": 2},
     "plain": {"enable_eplb": False},
+    "logs": {"eplb_config": {"log_balancedness": True}},
 }
 
 

@@ -42,3 +42,9 @@ def test_with_us_unsupported_modes_are_refused_by_name(hooks):
     assert "does not balance: pipeline parallelism (pipeline_parallel_size=2)" in log
     assert "does not balance: tensor parallelism within data parallelism (TP=2, DP=2)" in log
     assert log.count("without --enable-eplb: nothing is balanced") == 1
+
+
+def test_a_setting_of_vllm_s_that_logs_nothing_any_more_is_named(hooks):
+    made, log = hooks(enabled=1)
+    assert made["logs"] == "FlashEplbState"
+    assert log.count("log_balancedness of --eplb-config logs nothing where flash_eplb") == 1
