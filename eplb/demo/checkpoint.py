@@ -52,11 +52,9 @@ def write_checkpoint(folder: Path, size: TinyMoE | None = None) -> Path:
     if (folder / "config.json").exists():
         return folder
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} is there and is no checkpoint of the demo; move it elsewhere, or give "
-            "another --folder"
-        )
+        raise FileExistsError(f"{folder} is there and is no checkpoint of the demo")
     import torch
+    from safetensors import SafetensorError
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging
 
@@ -107,7 +105,10 @@ def write_checkpoint(folder: Path, size: TinyMoE | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
         whole = Path(name) / folder.name
-        model.to(torch.float32).save_pretrained(whole)
+        try:
+            model.to(torch.float32).save_pretrained(whole)
+        except SafetensorError as error:  # which says of a full disk what others say by OSError
+            raise OSError(str(error)) from error
         _write_tokenizer(size, whole)
         whole.rename(folder)
     return folder

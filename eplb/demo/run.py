@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ...ipc.status import Field
 from ..child import command_of
-from ..choice import one_sentence, par_text
+from ..choice import fail, par_text
 from .checkpoint import TinyMoE, write_checkpoint
 from .observer import Observer
 from .server import ServerError, VllmServer, environment
@@ -220,8 +220,10 @@ def run(folder: str, record: str = "") -> int:
     logs = Path(folder)
     logs.mkdir(parents=True, exist_ok=True)
     progress.say("writing a tiny Qwen3-MoE checkpoint with skewed routing")
-    with one_sentence():
+    try:
         model = write_checkpoint(logs / "tiny-moe")
+    except OSError as error:
+        fail(f"--folder {folder}: {error.strerror or error}; give another folder")
     progress.say("compiling the planner's kernels (once)")
     compile_kernels()
     work = batches(TinyMoE(), BATCHES_PER_TOPIC)

@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 from typer.testing import CliRunner
 
+from flash_eplb.eplb import cli
 from flash_eplb.eplb.cli import app
 from flash_eplb.eplb.demo import checkpoint
 from flash_eplb.eplb.demo import run as demo
@@ -131,7 +132,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_written_anew(monkeypatc
 @pytest.mark.parametrize("is_folder", [True, False])
 def test_what_stands_in_the_checkpoint_s_place_is_left_alone(is_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # without a vLLM, too
+    monkeypatch.setattr(cli, "_OF_DEMO", ())  # without a vLLM, too
     place = tmp_path / "tiny-moe"
     if is_folder:
         place.mkdir()
@@ -139,6 +140,25 @@ def test_what_stands_in_the_checkpoint_s_place_is_left_alone(is_folder, tmp_path
     found = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (
         2,
-        f"eplb: {place} is there and is no checkpoint of the demo; move it elsewhere, or give "
-        "another --folder\n",
+        f"eplb: --folder {tmp_path}: {place} is there and is no checkpoint of the demo; give "
+        "another folder\n",
     )
+
+
+def test_a_disk_without_room_for_the_checkpoint_is_told(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors")
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "_OF_DEMO", ())  # without a vLLM, too
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "save_pretrained", full)
+    found = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path)])
+    assert (found.exit_code, found.stderr) == (
+        2,
+        f"eplb: --folder {tmp_path}: I/O error: No space left on device (os error 28); give "
+        "another folder\n",
+    )
+    assert os.listdir(tmp_path) == []
