@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,9 @@ log = logging.getLogger("flash_eplb.planner")
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """How a file refuses what is written to it; of a pipe typer sees to it."""
+
+LONG = 3.0
+"""Seconds after which a command that has said nothing says what it waits for."""
 
 BY_SETTING = "EPLB_POLICY="
 """What names a policy, as an error says it, if no option does."""
@@ -106,6 +110,20 @@ def keeping_kernels() -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def saying_that_it_compiles() -> Iterator[None]:
+    """Say so on a terminal where that takes long, for until then the command says nothing."""
+    text = "eplb: compiling kernels, which takes a minute or two the first time"
+    said = threading.Timer(LONG, typer.echo, (text,), {"err": True})
+    said.daemon = True
+    if Console(stderr=True).is_terminal:
+        said.start()
+    try:
+        yield
+    finally:
+        said.cancel()
 
 
 @contextlib.contextmanager

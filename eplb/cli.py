@@ -32,6 +32,7 @@ from .choice import (
     policy_of,
     reaching,
     refusal,
+    saying_that_it_compiles,
 )
 from .output import check_folder, check_paths, table_console
 
@@ -305,7 +306,7 @@ def warmup() -> None:
     from ..planners.policy import PolicyError
 
     try:
-        with ended_by_ctrl_c():
+        with ended_by_ctrl_c(), saying_that_it_compiles():
             compile_kernels(choose(load().policy))
     except PolicyError as error:
         raise refusal(error) from None

@@ -22,6 +22,7 @@ from .choice import (
     options_of,
     policy_of,
     refusal,
+    saying_that_it_compiles,
 )
 from .heat_source import losses_of, start_of
 from .output import target_of, write_figures, write_text
@@ -162,7 +163,7 @@ def _maker(config: Config, choice: Choice) -> Callable[[int, int], Policy]:
         if name in choice.options and settings.source(name) != "default":
             typer.echo(f"eplb: {settings.PREFIX}{name.upper()} does nothing here", err=True)
     try:
-        with keeping_kernels():
+        with saying_that_it_compiles(), keeping_kernels():
             choice.warm_up()
     except PolicyError as error:
         raise refusal(error) from None

@@ -23,6 +23,7 @@ from .choice import (
     par_text,
     policy_of,
     refusal,
+    saying_that_it_compiles,
 )
 from .heat_source import losses_of, start_of
 from .output import table_console, target_of, write_figures
@@ -73,10 +74,11 @@ def replay(
             start, origin = start_of(source, ranks, slots_per_rank)
         rows = config.staging_rows or _rows_of(source)
         timing = Delay(delay, round_steps, rows)
-        replays = {
-            name: _replay(config, choice, start, source.experts, timing, by)
-            for name, choice in choices.items()
-        }
+        with saying_that_it_compiles():
+            replays = {
+                name: _replay(config, choice, start, source.experts, timing, by)
+                for name, choice in choices.items()
+            }
         replayed = list(replays.values())
         if "static" not in replays:
             static = choose("static")

@@ -168,29 +168,6 @@ def test_settings_that_the_policy_does_not_take_are_said(session, tmp_path):
     assert "MIN_GAIN" not in found.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "module"),
-    [("warmup", "engine_loop"), ("warmup", "flashlb"), ("plan", "flashlb"), ("replay", "flashlb")],
-)
-def test_a_disk_without_room_for_kernels_is_not_taken_for_the_output(
-    environment, tmp_path, command, module
-):
-    def full():
-        raise OSError(28, "No space left on device")
-
-    environment.setenv("NUMBA_CACHE_DIR", "/full")
-    environment.setattr(f"flash_eplb.planners.{module}.warmup", full)
-    environment.chdir(tmp_path)
-    np.save("x.npy", np.ones((99, 2, 4), int))
-    heat = ["x.npy", "--ranks", "2", "--slots-per-rank", "3"] if command != "warmup" else []
-    found = eplb(command, *heat)
-    assert (found.exit_code, found.stderr) == (
-        1,
-        "eplb: compiled kernels cannot be kept in /full: No space left on device; make room there, "
-        "or set NUMBA_CACHE_DIR to a folder with 30 MiB\n",
-    )
-
-
 @pytest.mark.parametrize("module", ["typer", "pydantic_core"])
 def test_ctrl_c_while_it_is_being_loaded_ends_it_without_a_word(module):
     code = f"""
