@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -25,7 +26,7 @@ from .choice import (
     saying_that_it_compiles,
 )
 from .heat_source import losses_of, start_of
-from .output import target_of, write_figures, write_text
+from .output import check_apart, target_of, write_figures, write_text
 from .plan_report import MIB, Report, Row, layer_bytes_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def plan(
     given = settings.source("effort") != "default"
     config = load(effort=None if given else "thorough")
     map_file, figures_file = target_of("-o", output), target_of("--json", json_file)
+    check_apart({"the heat": Path(path), "-o": map_file, "--json": figures_file})
     with one_sentence(), ended_by_ctrl_c():
         choice = choose(config.policy)
         from ..planners.expert_map import encode_map

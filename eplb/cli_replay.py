@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ from .choice import (
     saying_that_it_compiles,
 )
 from .heat_source import losses_of, start_of
-from .output import table_console, target_of, write_figures
+from .output import check_apart, table_console, target_of, write_figures
 from .progress import watched
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def replay(
     _check(ranks, slots_per_rank, delay, round_steps, moe_share)
     config = load()
     target = target_of("--json", json_file)
+    check_apart({"the heat": Path(path), "--json": target})
     names = list(dict.fromkeys(policy or [config.policy, "static"]))
     with ended_by_ctrl_c():
         by = _BY if policy else BY_SETTING

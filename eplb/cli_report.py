@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .choice import fail, one_sentence
-from .output import target_of, write_text
+from .output import check_apart, target_of, write_text
 from .progress import watched
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def report(
     """
     output = output or ("" if trace else _PAGE)
     page, timeline = target_of("-o", output), target_of("--trace", trace)
+    check_apart({"-o": page, "--trace": timeline})
     if page is not None:
         _need_plotly()
     said = []

@@ -36,6 +36,18 @@ def target_of(option: str, name: str) -> Path | None:
     return path
 
 
+def check_apart(files: dict[str, Path | None]) -> None:
+    """End the command with 2 if two of `files`, by what names them, are one: the later one would be
+    written over the other."""
+    found: dict[str, str] = {}
+    for name, path in files.items():
+        if path is None or is_special(path):
+            continue
+        other = found.setdefault(os.path.realpath(path), name)
+        if other != name:
+            fail(f"{other} and {name} name one file, {path}; give each its own")
+
+
 def _has_place(path: Path) -> bool:
     if is_special(path):
         return os.access(path, os.W_OK)
