@@ -188,13 +188,12 @@ class Worker:
         try:
             generation = agree_on_settings(self._group, self._config, self._shape)
             agree_on_forms(self._group, self._engine.weights)
-            agree_on_scales(self._group, self._scales)
             prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
             self._group.store = dist.PrefixStore(prefix, self._group.store)
             self._reference = np.zeros((self._shape.layers, self._shape.experts), np.int64)
             is_writing = any(self._group.gather(self._is_writing))
-            if not is_writing:  # else replicas may differ as yet, and the end takes the digests
-                self._take_reference()
+            if not is_writing:  # else ranks may differ as yet, and the end asks for it
+                self._take_values()
             self._at_exit = Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
@@ -324,10 +323,11 @@ class Worker:
     def _redigest(self) -> None:
         """The weights are new: so are the digests that prove them, and what would stay behind."""
         self._group.together(self._check_supported)
-        agree_on_scales(self._group, self._scales)
-        self._take_reference()
+        self._take_values()
 
-    def _take_reference(self) -> None:
+    def _take_values(self) -> None:
+        """What the weights are: alike where ranks share them, and the digests that prove them."""
+        agree_on_scales(self._group, self._scales)
         self._reference[:] = take_reference(self._group, self._engine, self._shape.experts)
 
     def begin_update(self) -> bool:
