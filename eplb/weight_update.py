@@ -92,7 +92,6 @@ class WeightUpdate:
     def adopt(self) -> None:
         """At the start, on all ranks: the engine has begun to write, on some or all of them. The
         experts are where it writes, and stay there to the end of it."""
-        self._known = self._given_up()
         self._updates += 1
         self._loader.hold()
         self.is_open = True
