@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -31,8 +32,8 @@ def target_of(option: str, name: str) -> Path | None:
     if not name:
         return None
     path = Path(name)
-    if not _has_place(path):
-        fail(f"{option} {name} cannot be written; name a file in a folder that is there")
+    if why := _why_no_file(path):
+        fail(f"{option} {name} cannot be written: {why}; give the path of a file that can be")
     return path
 
 
@@ -48,10 +49,11 @@ def check_apart(files: dict[str, Path | None]) -> None:
             fail(f"{other} and {name} name one file, {path}; give each its own")
 
 
-def _has_place(path: Path) -> bool:
+def _why_no_file(path: Path) -> str:
+    """Why `path` is no file that can be written, nor a device or pipe; "" if it is one."""
     if is_special(path):
-        return os.access(path, os.W_OK)
-    return not os.path.isdir(path) and not _why_unwritable(path)
+        return "" if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+    return "it is a folder" if os.path.isdir(path) else _why_unwritable(path)
 
 
 def write_text(option: str, target: Path, text: str) -> None:

@@ -324,11 +324,13 @@ def test_one_episode_has_nothing_to_hold_out(heat, environment):
         ),
         (
             [*SHAPE, "-o", "/nowhere/x"],
-            "-o /nowhere/x cannot be written; name a file in a folder that is there",
+            "-o /nowhere/x cannot be written: No such file or directory; give the path of a "
+            "file that can be",
         ),
         (
             [*SHAPE, "--json", "/nowhere/x"],
-            "--json /nowhere/x cannot be written; name a file in a folder that is there",
+            "--json /nowhere/x cannot be written: No such file or directory; give the path of a "
+            "file that can be",
         ),
     ],
 )

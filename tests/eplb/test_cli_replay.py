@@ -207,7 +207,8 @@ def test_a_recording_is_replayed_from_its_first_placement(tmp_path, environment)
         ),
         (
             [*SHAPE, "--json", "/nowhere/x"],
-            "--json /nowhere/x cannot be written; name a file in a folder that is there",
+            "--json /nowhere/x cannot be written: No such file or directory; give the path of a "
+            "file that can be",
         ),
     ],
 )

@@ -263,11 +263,28 @@ def test_the_page_goes_to_report_html_unless_told(folder, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("option", ["-o", "--trace"])
-@pytest.mark.parametrize("name", ["", "nowhere/report.html"])
-def test_a_file_that_cannot_be_written_is_said_before_the_work(folder, option, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "it is a folder"),
+        ("nowhere/report.html", "No such file or directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said_before_the_work(folder, option, name, why, tmp_path):
     path = tmp_path / name
     said = refused(folder, option, path)
-    assert said == f"eplb: {option} {path} cannot be written; name a file in a folder that is there"
+    assert said == (
+        f"eplb: {option} {path} cannot be written: {why}; give the path of a file that can be"
+    )
+
+
+def test_a_device_that_may_not_be_written_is_said_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr("flash_eplb.eplb.output.os.access", lambda *_: False)
+    assert refused(folder, "-o", "/dev/null") == (
+        "eplb: -o /dev/null cannot be written: Permission denied; give the path of a file that can "
+        "be"
+    )
 
 
 def test_a_disk_that_is_full_leaves_no_half_page(folder, tmp_path, monkeypatch):
