@@ -136,10 +136,7 @@ def read_chunk(path: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, 
     except FileNotFoundError:
         raise ChunkError(f"{path} is gone: is its recording still rotated? Read it again") from None
     except PermissionError:  # nothing is wrong with it
-        raise ChunkError(
-            f"{path} may not be read by this user; read it as the one who recorded it, or let "
-            "others read it (chmod)"
-        ) from None
+        raise forbidden(path) from None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno not in _OF_BYTES:
             raise ChunkError(
@@ -162,6 +159,14 @@ def reason(error: Exception) -> str:
     if "pickle" in str(error) and not isinstance(error, OSError):  # which names the file
         return "it holds something else than arrays of numbers"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def forbidden(path: Path) -> ChunkError:
+    """The error for a chunk, or the folder of one, that is kept from us."""
+    return ChunkError(
+        f"{path} may not be read by this user; read it as the one who recorded it, or let others "
+        "read it (chmod)"
+    )
 
 
 def damaged(path: Path, why: str) -> ChunkError:

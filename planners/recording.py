@@ -15,6 +15,7 @@ from .chunk import (
     ChunkError,
     chunk_files,
     damaged,
+    forbidden,
     read_chunk,
     read_header,
 )
@@ -80,7 +81,10 @@ class Recording:
         folder = Path(folder)
         if not folder.is_dir():
             raise RecordingError(f"{folder} is no folder; give the one of EPLB_RECORD")
-        self._files = chunk_files(folder)
+        try:
+            self._files = chunk_files(folder)
+        except PermissionError:
+            raise forbidden(folder) from None
         if not self._files:
             raise RecordingError(
                 f"{folder} is no recording: no chunk (000001.npz, ...) is in it; "

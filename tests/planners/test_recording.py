@@ -214,6 +214,17 @@ def test_a_chunk_that_may_not_be_read_is_not_to_be_removed(folder, monkeypatch):
     assert "remove" not in said
 
 
+def test_a_folder_that_may_not_be_listed_is_said(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert refusal(folder) == (
+        f"{folder} may not be read by this user; read it as the one who recorded it, or let others "
+        "read it (chmod)"
+    )
+
+
 def test_a_disk_that_fails_is_said_whatever_the_folder_is_called(folder, monkeypatch):
     pickles = folder.rename(folder.parent / "pickles")
 
