@@ -114,7 +114,11 @@ class Stager:
         """Main thread, which gives no more errands: the others need not wait for the connections
         of a look that hangs, which uses none. In a thread, for their end may hang, too."""
         if self._looks:
-            threading.Thread(target=self._transport.disconnect, daemon=True).start()
+            threading.Thread(target=self._disconnect, name="eplb-leave", daemon=True).start()
+
+    def _disconnect(self) -> None:
+        with self._device.side_stream().use():  # a thread begins with device 0
+            self._transport.disconnect()
 
     def _run(self) -> None:
         _take_no_core_on_waking()

@@ -11,6 +11,10 @@ import torch.distributed as dist
 
 from flash_eplb import device as device_module
 from flash_eplb.ipc.placement import MOVE
+from flash_eplb.loaders import stager as stager_module
+from flash_eplb.loaders.errand import Errand
+from flash_eplb.loaders.patrol import Beat
+from flash_eplb.loaders.stager import Stager
 from flash_eplb.loaders.transport import Parcel, PeerToPeer
 
 ND, NZ = 2, 29
@@ -115,3 +119,27 @@ def test_memory_for_an_expert_has_the_layout_of_the_expert(npu):
 def test_a_tensor_on_an_npu_gets_the_npu_s_shim(npu):
     on_npu = SimpleNamespace(device=SimpleNamespace(type="npu", index=3))
     assert isinstance(device_module.device_of(on_npu), device_module.Npu)
+
+
+def test_connections_of_a_look_that_hangs_are_closed_in_a_thread_of_the_rank_s_device(monkeypatch):
+    """A thread begins with device 0, where closing would make a context, or fail."""
+    chosen, closed, hangs = set(), [], threading.Event()
+
+    class Device(device_module.Host):
+        def side_stream(self):
+            chosen.add(threading.get_ident())
+            return super().side_stream()
+
+    class Transport:
+        def disconnect(self):
+            closed.append(threading.get_ident() in chosen)
+            hangs.set()
+
+    monkeypatch.setattr(stager_module, "device_of", lambda tensor: Device())
+    monkeypatch.setattr(Stager, "_look", lambda self, beat: hangs.wait(20))
+    stager = Stager([[torch.zeros(1, 1)]], None, Transport(), 0, None)
+    stager.begin(Errand(0, np.zeros(0, MOVE), 0, beat=Beat(0, 0, 0)))
+    stager.leave()
+    assert hangs.wait(10)
+    stager.close()
+    assert closed == [True]
