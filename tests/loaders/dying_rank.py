@@ -181,6 +181,8 @@ def attempt(session: str, point: str, found) -> None:  # type: ignore[no-untyped
             rank.run(updates)
         except BaseException:
             traceback.print_exc()
+            if number == SURVIVOR:
+                found.put({"why": traceback.format_exc()})
 
     ranks = [CONTEXT.Process(target=one, args=(number,)) for number in range(2)]
     for rank in ranks:
