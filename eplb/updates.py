@@ -36,9 +36,10 @@ def follow_updates(
     that the call has taken, after it has.
 
     If `begin` raises, nothing is written; it returns whether it has opened an update. A start that
-    fails ends what it has opened. If writing fails, nobody knows what the weights are: `give_up` is
-    called in the place of `end`, with what has failed, and no expert moves until an update
-    succeeds. It returns whether an update is open: else (a finish without a start) nothing changes.
+    fails has written nothing, and ends what it has opened. If writing fails, nobody knows what the
+    weights are: `give_up` is called in the place of `end`, with what has failed, and no expert
+    moves until an update succeeds. It returns whether an update is open: else (a finish without a
+    start) nothing changes.
     """
     for name in dict.fromkeys((*BEGINS, *ENDS, BETWEEN)):
         around = give_up, begin if name in BEGINS else None, end if name in ENDS else None
@@ -74,8 +75,9 @@ def _wrapped(
         try:
             result = original(*args, **kwargs)
         except BaseException:
-            if undo is not None and opened:
-                undo(time.monotonic() - begun)
+            if undo is not None:
+                if opened:
+                    undo(time.monotonic() - begun)
             elif give_up(f"{original.__name__} has failed"):
                 log.error(
                     "%s failed: no expert moves %suntil weights have been updated",
