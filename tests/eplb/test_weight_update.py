@@ -144,7 +144,7 @@ def test_what_the_ranks_have_met_by_does_not_pile_up_in_the_store(moving):
     assert group.workers[0]._group.store.num_keys() == keys
 
 
-def test_before_the_first_step_there_is_nothing_to_do(session):
+def test_an_update_that_ends_before_the_first_step_holds_nothing_back(session):
     group = Workers(session)
     for worker in group.workers:
         assert worker.begin_update()
