@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .. import __version__
-from . import cli_plan, cli_record, cli_replay, cli_report, cli_stress
+from . import cli_metrics, cli_plan, cli_record, cli_replay, cli_report, cli_stress
 from . import config as settings
 from .choice import (
     SETTINGS_OF,
@@ -312,6 +312,7 @@ def warmup() -> None:
         raise refusal(error) from None
 
 
+app.command()(cli_metrics.metrics)
 app.command()(cli_record.record)
 app.command()(cli_replay.replay)
 app.command()(cli_report.report)
