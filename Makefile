@@ -69,12 +69,12 @@ $(READY): requirements-dev.txt pyproject.toml scripts/vllm-dist/pyproject.toml
 	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or later"; exit 1; }
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install torch -c requirements-dev.txt
-	@$(PIP) install --no-deps -r requirements-dev.txt
-	@$(PIP) install --no-deps --no-build-isolation ./scripts/vllm-dist
-	@$(PIP) install --no-deps --no-build-isolation -e .
-	@echo "compiling the planner's kernels"
-	@$(BIN)/eplb warmup
+	@$(PIP) install -e . -c requirements-dev.txt
+	@echo "compiling the planner's kernels while the rest is installed"
+	@$(BIN)/eplb warmup & warmup=$$!; \
+	  $(PIP) install --no-deps -r requirements-dev.txt && \
+	  $(PIP) install --no-deps --no-build-isolation ./scripts/vllm-dist || { kill $$warmup; exit 1; }; \
+	  wait $$warmup
 	@touch $(READY)
 
 $(BENCH_READY): requirements-bench.txt $(READY)

@@ -15,7 +15,8 @@ FAST = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 """How kernels of the search are compiled; heat is finite, so fastmath changes only rounding."""
 
 INLINE = {**FAST, "inline": "always"}
-"""The same for small ones: a call that hands over a whole layer takes longer than they do."""
+"""The same for small ones, for a call that hands over a whole layer takes longer than they do; and
+for large ones with one caller, into which LLVM would link them to optimise all of it once more."""
 
 
 class Layer(NamedTuple):

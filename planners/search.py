@@ -11,6 +11,7 @@ from .counts import least_threshold, replica_counts
 from .improve import improve
 from .layer import (
     FAST,
+    INLINE,
     excess,
     merged,
     moved,
@@ -167,7 +168,7 @@ def search_layers(heat, weights, placement, layers, effort, terms):
     return found, moves
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def _search(layer, today, effort, terms, found):
     settle(layer, today)
     best = _worth(layer, terms, terms.price)
@@ -179,7 +180,7 @@ def _search(layer, today, effort, terms, found):
         kick(layer, effort, terms, found)
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def from_today(layer, effort, terms, best, found):
     """Improve the placement that `layer` has, today's; what `found` is worth then.
 
@@ -198,7 +199,7 @@ def from_today(layer, effort, terms, best, found):
     return best
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def _improve(layer, effort, price, most_moves, sweeps):
     improve(
         layer,
@@ -239,7 +240,7 @@ def _keep_better(layer, terms, price, best, found):
     return best
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def from_scratch(layer, today, effort, terms, best, found):
     """Place the best vectors of replica counts anew; what `found` is worth then.
 
@@ -270,7 +271,7 @@ def from_scratch(layer, today, effort, terms, best, found):
     return _keep_better(layer, terms, terms.far_price, best, found)
 
 
-@njit(**FAST)
+@njit(**INLINE)
 def kick(layer, effort, terms, found):
     """Disturb `found` and improve it again, `effort.kicks` times."""
     settle(layer, found)
