@@ -152,7 +152,7 @@ for number in itertools.count(1):
 
 
 def test_a_kill_costs_the_chunk_that_was_being_filled_and_no_more(tmp_path, start, amount):
-    for turn in range(amount(5, 200)):
+    for turn in range(amount(3, 200)):
         folder = tmp_path / str(turn)
         script = start(KILLED, folder, os.path.dirname(__file__))
         script.line()

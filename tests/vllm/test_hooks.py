@@ -1,5 +1,6 @@
 """The hook on vLLM's own classes: installed only where it is wanted and can work."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import pytest
 from flash_eplb.eplb.demo.server import environment
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hooks(checkpoint):
+    """`hooks(**settings)`: (the class made in each mode, the log); run once for each settings."""
+
+    @functools.cache
     def run(**settings):
         done = subprocess.run(
             [sys.executable, str(Path(__file__).parent / "hooks.py"), str(checkpoint)],

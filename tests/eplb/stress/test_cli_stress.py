@@ -264,7 +264,7 @@ BROKEN = {
 }
 
 
-SHORT = ("no wrong weight", "it runs to its end", "planner-killed", "corrupt-plans")
+SHORT = ("no wrong weight", "it runs to its end", "corrupt-plans")
 """Broken in `make test`; `make soak` breaks all."""
 
 
