@@ -20,9 +20,7 @@ that has lost a worker.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from .staging import Stack, first_tensor, slot_views
-from .transport import Parcel, Transport, come_once, finish_stream
+from .transport import Parcel, Transport, come_once, finish_stream, leave, wait_for
 
 log = logging.getLogger("flash_eplb.loader")
 
@@ -143,9 +141,7 @@ class CudaIpc:
         self._store, self._epoch, self._exchanges = None, -1, 0
         store: Any = dist.PrefixStore(f"{_PREFIX}/{epoch}", self._everyone)
         self._store = store
-        if store.check(["failed"]):
-            raise RuntimeError(f"EP rank {store.get('failed').decode()} has left epoch {epoch}")
-        come_once(store, "came", self._rank)
+        come_once(store, self._rank)
         store.set(f"ready{self._rank}", "0")
         store.set(f"offer{self._rank}", msgspec.msgpack.encode(self._share()))
         self._meet("offer")
@@ -162,8 +158,7 @@ class CudaIpc:
         if self._fell_back:
             self._fallback.disconnect()
         elif self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the store ends with the engine
-                self._store.set("failed", str(self._rank))
+            leave(self._store, self._rank)
         self._store, self._epoch = None, -1
 
     def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
@@ -259,16 +254,5 @@ class CudaIpc:
         self._wait("come", everyone, lambda rank: store.check([f"{what}{rank}"]))
 
     def _wait(self, what: str, ranks: list[int], is_there: Callable[[int], bool]) -> None:
-        """Until `is_there` of all `ranks`; RuntimeError after the timeout or once a rank failed."""
         assert self._store is not None
-        deadline = time.monotonic() + self._timeout
-        for rank in ranks:
-            while not is_there(rank):
-                if self._store.check(["failed"]):
-                    failed = self._store.get("failed").decode()
-                    raise RuntimeError(f"EP rank {failed} has dropped this round")
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"EP rank {rank} did not {what} within {self._timeout:g} seconds"
-                    )
-                time.sleep(0.0005)
+        wait_for(what, ranks, is_there, self._store, self._timeout)

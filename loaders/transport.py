@@ -7,8 +7,10 @@ failed a receive may still be under way, so the group is dropped and the next on
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +22,8 @@ log = logging.getLogger("flash_eplb.loader")
 
 _WATCHDOG = timedelta(minutes=30)
 """After which NCCL and HCCL may end the process: later than any vote."""
+
+_LEFT = "left"  # in the store of an epoch: the last rank that has left it
 
 _MOST_TENSORS = 64  # of one expert; message tags of two moves lie that far apart
 
@@ -79,7 +83,8 @@ class PeerToPeer:
 
     With gloo, experts on a device go through the host's memory. NCCL's and HCCL's watchdogs end a
     process whose transfer does not: so all ranks of a round meet before it, and a rank that has
-    failed until then keeps nobody's device waiting.
+    failed until then keeps nobody's device waiting. All ranks meet before they open connections,
+    too: a rank that has failed until then keeps nobody waiting at all.
 
     Args:
         name: "gloo", "nccl" or "hccl".
@@ -90,10 +95,11 @@ class PeerToPeer:
 
     def __init__(self, name: str, store: dist.Store, rank: int, ranks: int, timeout: float):
         self.name = name
-        self._store = store
+        self._everyone = store
         self._rank = rank
         self._ranks = ranks
-        self._timeout = timedelta(seconds=timeout)
+        self._timeout = timeout
+        self._store: dist.Store | None = None  # of the epoch
         self._group: Any = None
         self._epoch = -1
         self._exchanges = 0
@@ -104,46 +110,54 @@ class PeerToPeer:
         if epoch == self._epoch:
             return
         self.disconnect()
-        come_once(self._store, f"transport/{epoch}/came", self._rank)
+        self._store = store = dist.PrefixStore(f"transport/{epoch}", self._everyone)
+        come_once(store, self._rank)
+        self._wait(store, "came", range(self._ranks))
         self._exchanges, self._word = 0, ""
-        store = dist.PrefixStore(f"transport/{epoch}", self._store)
-        group = _GROUPS[self.name](store, self._rank, self._ranks, self._timeout)
+        timeout = timedelta(seconds=self._timeout)
+        group = _GROUPS[self.name](store, self._rank, self._ranks, timeout)
         group.barrier().wait()
         self._group, self._epoch = group, epoch
 
     def disconnect(self) -> None:
         """See `Transport`: what the others still wait for fails there at once."""
-        self._group, self._epoch = None, -1
+        if self._store is not None:
+            leave(self._store, self._rank)
+        self._store, self._group, self._epoch = None, None, -1
 
     def exchange(self, moves: np.ndarray, leaving: list[Parcel], arriving: list[Parcel]) -> None:
         """See `Transport`."""
         self._exchanges += 1
         if not leaving and not arriving:
             return
+        assert self._store is not None
         assert self._group is not None
         if self.name == "gloo":
             self._through_the_host(leaving, arriving)
             return
-        self._meet(moves)
+        self._meet(self._store, moves)
         for number in np.unique(moves["layer"]).tolist():  # all ranks in the same order
             sent = [parcel for parcel in leaving if parcel.layer == number]
             received = [parcel for parcel in arriving if parcel.layer == number]
             if sent or received:
                 _wait([self._in_one_batch(sent, received)])
 
-    def _meet(self, moves: np.ndarray) -> None:
-        """Until every rank of the round has come this far; RuntimeError if one does not in time.
+    def _meet(self, store: dist.Store, moves: np.ndarray) -> None:
+        """Until every rank of the round has come this far.
 
         The word of the exchange before has been read by then: without a commit on all ranks there
         is another epoch.
         """
-        key = f"transport/{self._epoch}/exchange/{self._exchanges}"
-        self._store.set(f"{key}/{self._rank}", "")
+        key = f"exchange/{self._exchanges}"
+        store.set(f"{key}/{self._rank}", "")
         if self._word:
-            self._store.delete_key(self._word)
+            store.delete_key(self._word)
         self._word = f"{key}/{self._rank}"
-        ranks = np.union1d(moves["source_rank"], moves["rank"]).tolist()
-        self._store.wait([f"{key}/{rank}" for rank in ranks], self._timeout)
+        self._wait(store, key, np.union1d(moves["source_rank"], moves["rank"]).tolist())
+
+    def _wait(self, store: dist.Store, key: str, ranks: Iterable[int]) -> None:
+        """Until `ranks` have set `key`."""
+        wait_for("come", ranks, lambda rank: store.check([f"{key}/{rank}"]), store, self._timeout)
 
     def _in_one_batch(self, leaving: list[Parcel], arriving: list[Parcel]) -> dist.Work:
         """Begin all transfers of a layer at once, on the current stream."""
@@ -185,12 +199,56 @@ class PeerToPeer:
         return works
 
 
-def come_once(store: dist.Store, name: str, rank: int) -> None:
-    """RuntimeError if `rank` has come to the epoch before: it failed, or its stager hangs there,
-    to which the others hold connections and of which the store tells what is past."""
-    if store.add(f"{name}/{rank}", 1) > 1:
+def come_once(store: dist.Store, rank: int) -> None:
+    """This rank comes to the epoch of `store`; RuntimeError if one has left it, or if this one has
+    come before: it failed, or its stager hangs there, to which the others hold connections and of
+    which the store tells what is past."""
+    _check_left(store)
+    if store.add(f"came/{rank}", 1) > 1:
         raise RuntimeError(
             "connections like these have failed, or hang here; the next round opens others"
+        )
+
+
+def leave(store: dist.Store, rank: int) -> None:
+    """Nobody waits for `rank` any longer in the epoch of `store`: see `wait_for`."""
+    with contextlib.suppress(RuntimeError):  # the store ends with the engine
+        store.set(_LEFT, str(rank))
+
+
+def wait_for(
+    what: str,
+    ranks: Iterable[int],
+    is_there: Callable[[int], bool],
+    store: dist.Store,
+    timeout: float,
+) -> None:
+    """Until `is_there` of all `ranks`.
+
+    Args:
+        what: they are to do, as in "come".
+        ranks: of the group.
+        is_there: asks the store.
+        store: of the epoch.
+        timeout: seconds.
+
+    Raises:
+        RuntimeError: a rank has left the epoch, or the time is over.
+    """
+    deadline = time.monotonic() + timeout
+    for rank in ranks:
+        while not is_there(rank):
+            _check_left(store)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"EP rank {rank} did not {what} within {timeout:g} seconds")
+            time.sleep(0.0005)
+
+
+def _check_left(store: dist.Store) -> None:
+    if store.check([_LEFT]):
+        rank = store.get(_LEFT).decode()
+        raise RuntimeError(
+            f"EP rank {rank} has closed its connections; the next round opens others"
         )
 
 

@@ -1,7 +1,9 @@
 """What is done otherwise on an Ascend NPU, with stand-ins for torch_npu: no NPU was at hand."""
 
+import functools
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from flash_eplb import device as device_module
 from flash_eplb.ipc.placement import MOVE
 from flash_eplb.loaders import stager as stager_module
+from flash_eplb.loaders import transport as transport_module
 from flash_eplb.loaders.errand import Errand
 from flash_eplb.loaders.patrol import Beat
 from flash_eplb.loaders.stager import Stager
@@ -23,15 +26,39 @@ ND, NZ = 2, 29
 class Group:
     """As torch_npu's ProcessGroupHCCL: named operations, their tensors, the ranks at the end."""
 
-    def __init__(self):
+    def __init__(self, *_):
         self.batches = []
+
+    def barrier(self):
+        return SimpleNamespace(wait=lambda: None)
 
     def batch_isend_irecv(self, kinds, tensors, ranks):
         self.batches.append(list(zip(kinds, map(id, tensors), ranks, strict=True)))
         return SimpleNamespace(wait=lambda: None)
 
 
-def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
+@pytest.fixture
+def connected(monkeypatch):
+    """`connected(store, ranks, timeout)`: their transports by HCCL, whose connections are open."""
+    monkeypatch.setitem(transport_module._GROUPS, "hccl", Group)
+
+    def make(store, ranks, timeout):
+        made = [PeerToPeer("hccl", store, rank, ranks, timeout) for rank in range(ranks)]
+        in_threads([functools.partial(one.connect, 0) for one in made])
+        return made
+
+    return make
+
+
+def in_threads(actions):
+    threads = [threading.Thread(target=action) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_hccl_moves_each_layer_in_one_batch_of_both_directions(connected):
     moves = np.zeros(4, MOVE)
     moves["layer"] = [7, 2, 7, 2]
     views = [[torch.zeros(3), torch.zeros(1)] for _ in range(4)]
@@ -41,13 +68,13 @@ def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
     )
     moves["source_rank"], moves["rank"] = [0, 0, 2, 3], [1, 3, 0, 1]
     store = dist.HashStore()
-    transport = PeerToPeer("hccl", store, 0, 4, 0.2)
-    group = transport._group = Group()
-    with pytest.raises(RuntimeError):  # the others are not there: nothing is issued
+    transport = connected(store, 4, 0.2)[0]
+    group = transport._group
+    with pytest.raises(RuntimeError, match=r"EP rank 1 did not come within 0\.2 seconds"):
         transport.exchange(moves, [first, second], [third])
     assert not group.batches
     for rank in (1, 2, 3):
-        store.set(f"transport/-1/exchange/2/{rank}", "")
+        store.set(f"transport/0/exchange/2/{rank}", "")
     transport.exchange(moves, [first, second], [third])  # the last move is between others
 
     def named(kind, parcel):
@@ -59,25 +86,30 @@ def test_hccl_moves_each_layer_in_one_batch_of_both_directions():
     ]
 
 
-def test_what_ranks_have_met_by_does_not_pile_up_in_the_store():
+def test_who_waits_for_a_rank_that_closes_its_connections_does_so_no_longer(connected):
+    moves = np.zeros(2, MOVE)
+    moves["source_rank"], moves["rank"] = [0, 1], [1, 0]
+    first, second = connected(dist.HashStore(), 2, 30.0)
+    threading.Timer(0.1, second.disconnect).start()
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="EP rank 1 has closed its connections"):
+        first.exchange(moves, [Parcel(0, 0, 5, 1, [torch.zeros(1)])], [])
+    assert time.monotonic() - begun < 15
+
+
+def test_what_ranks_have_met_by_does_not_pile_up_in_the_store(connected):
     moves = np.zeros(2, MOVE)
     moves["source_rank"], moves["rank"] = [0, 1], [1, 0]
     store = dist.HashStore()
-    transports = [PeerToPeer("hccl", store, rank, 2, 5.0) for rank in range(2)]
+    transports = connected(store, 2, 5.0)
+    keys = store.num_keys()
     parcels = [Parcel(number, 0, 5, 1, [torch.zeros(1)]) for number in range(2)]
-    for transport in transports:
-        transport._group = Group()
     for _ in range(3):
-        threads = [
-            threading.Thread(target=transport.exchange, args=(moves, parcels[:1], parcels[1:]))
-            for transport in transports
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(
+            functools.partial(one.exchange, moves, parcels[:1], parcels[1:]) for one in transports
+        )
     assert [len(transport._group.batches) for transport in transports] == [3, 3]
-    assert store.num_keys() == 2
+    assert store.num_keys() == keys + 2
 
 
 @pytest.fixture

@@ -140,6 +140,31 @@ def test_who_takes_the_place_of_one_that_hangs_does_not_wait_for_connections_it_
     assert found == [None] * RANKS
 
 
+def test_nobody_waits_for_connections_to_a_rank_that_has_failed_before_it_came(monkeypatch):
+    store, come = dist.HashStore(), transport.come_once
+
+    def fail(store, rank):
+        if rank == 1:
+            raise MemoryError("no room")
+        come(store, rank)
+
+    monkeypatch.setattr(transport, "come_once", fail)
+    transports = [PeerToPeer("gloo", store.clone(), rank, RANKS, 20.0) for rank in range(RANKS)]
+
+    def one(rank):
+        try:
+            transports[rank].connect(0)
+        finally:
+            transports[rank].disconnect()
+
+    begun = time.monotonic()
+    first, failed, last = in_ranks(one)
+    assert time.monotonic() - begun < 10
+    assert isinstance(failed, MemoryError)
+    assert "has closed its connections" in str(first)
+    assert "has closed its connections" in str(last)
+
+
 class Communicator:
     """Like vLLM's nixl: a layer's context first, everything of that layer, then execute."""
 
