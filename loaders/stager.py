@@ -132,13 +132,13 @@ class Stager:
                     result = self._stage(errand)
                     stream.finish()
                     self.result = replace(result, staged_ns=time.monotonic_ns())
-                except Exception as error:  # whatever it is, the vote must hear of it
+                except BaseException as error:  # whatever it is, the vote must hear of it
                     self._fail(errand, error)
                     with contextlib.suppress(Exception):
                         stream.finish()  # before the rows count as free
                 self.busy = False
 
-    def _fail(self, errand: Errand, error: Exception) -> None:
+    def _fail(self, errand: Errand, error: BaseException) -> None:
         """Say why, then tell the main thread, then let the peers fail: in this order, or a peer's
         complaint about our connection would stand in the log for the reason."""
         damaged = isinstance(error, DigestError)

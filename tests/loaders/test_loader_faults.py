@@ -104,6 +104,29 @@ def test_a_vote_that_some_have_given_up_is_not_acted_on_by_the_rank_that_was_lat
     group.check_consistent()
 
 
+def test_whatever_a_stager_fails_by_the_vote_hears_of_it_and_its_thread_goes_on(
+    cluster, monkeypatch, caplog
+):
+    """A panic in a library written in Rust is no `Exception`."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(self, *_):
+        monkeypatch.undo()
+        raise PanicException("called unwrap on a None value")
+
+    group = cluster()
+    monkeypatch.setattr(stager_module.Stager, "_source", panic)
+    group.send(group.record(SWAP))
+    group.tick_until(lambda: group.ranks[0].segment.status[Field.ABORTED] == 1)
+    assert "staging failed: PanicException: called unwrap on a None value" in caplog.text
+    group.tick_until(lambda: not any(rank.stagers.quarantined for rank in group.ranks))
+    group.send(group.record(SWAP, plan=2, sequence=2))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.check_consistent()
+
+
 def test_a_bit_that_flips_on_its_way_aborts_and_the_next_plan_commits(cluster, monkeypatch, caplog):
     group = cluster(transfer_timeout=2.0)
     exchange = PeerToPeer.exchange
