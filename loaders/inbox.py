@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from ..ipc.plan_queue import PlanQueue
 from ..ipc.round import Round, RoundError, decode_round, round_identity
 from ..ipc.status import Field, StatusBlock
 
 log = logging.getLogger("flash_eplb.loader")
+T = TypeVar("T")
 
 HOME = 0
 """Generation of the rounds that bring experts back; no planner has it."""
@@ -120,11 +122,23 @@ class Inbox:
         while self._waiting and _plan(self._waiting[0].round) == self._void:
             self._drop(self._waiting.popleft())
 
-    def refuse_head(self, reason: str) -> None:
-        """The oldest round must not be carried out."""
-        refused = self._waiting.popleft().round
-        self.tell(Field.DROPPED_ROUND, refused)
-        self._complain(reason)
+    def choose(self, epoch: int, check: Callable[[Pending], T]) -> T | None:
+        """What `check` gives of the head; None if nothing waits.
+
+        Args:
+            epoch: that the head must be for, or it is dropped with its plan.
+            check: raises RoundError if a round must not be carried out, which is refused.
+        """
+        while (head := self.head) is not None:
+            if head.round.epoch != epoch:
+                self.drop_plan(head.round)
+                continue
+            try:
+                return check(head)
+            except RoundError as error:
+                self.tell(Field.DROPPED_ROUND, self._waiting.popleft().round)
+                self._complain(str(error))
+        return None
 
     def tell(self, field: Field, round_: Round) -> None:
         """Let the planner know, if it is its round."""

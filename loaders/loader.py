@@ -17,39 +17,30 @@ that start are those that bring the experts back to where the engine's loader wr
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..ipc.rank_segment import RankSegment
-from ..ipc.round import Round, RoundError, check_round
+from ..ipc.round import RoundError
 from ..ipc.status import Field, State
+from .candidate import Candidate, checked
 from .errand import Result
-from .inbox import HOME, Inbox, Pending
+from .inbox import Inbox, Pending
 from .patrol import Patrol
 from .round_times import RoundTimes
 from .stager_pool import StagerPool
 from .vote import Ballot, Outcome, Vote, reason_to_stop
 
 if TYPE_CHECKING:
-    import torch
-
     from .engine import Engine
 
 log = logging.getLogger("flash_eplb.loader")
 T = TypeVar("T")
-
-
-class Candidate(NamedTuple):
-    """A round that this rank would start: checked, with the placement that it leads to."""
-
-    identity: int
-    round: Round
-    moves: np.ndarray
-    after: np.ndarray
 
 
 class Loader:
@@ -218,15 +209,7 @@ class Loader:
             return self._checked(home) if (home := self._inbox.head) else None
         if self._active is not None:
             return self._following()
-        while (head := self._inbox.head) is not None:
-            if head.round.epoch != self.epoch:
-                self._inbox.drop_plan(head.round)
-                continue
-            try:
-                return self._checked(head)
-            except RoundError as error:
-                self._inbox.refuse_head(str(error))
-        return None
+        return self._inbox.choose(self.epoch, self._checked)
 
     def _following(self) -> Candidate | None:
         """The round after the staged one; if it is not good, that is said after the commit."""
@@ -241,8 +224,7 @@ class Loader:
         if self._voted is not None and self._voted.identity == head.identity:
             return self._voted
         base = self.placement if self._active is None else self._active.after
-        after = check_round(head.round, self._shape, base)
-        candidate = Candidate(*head, head.round.move_array(), after)
+        candidate = checked(head, self._shape, base)
         return candidate if self._stagers.has_room(candidate.moves) else None
 
     def _is_staged(self) -> bool:
@@ -310,8 +292,7 @@ class Loader:
 
     def _is_refused(self, candidate: Candidate | None) -> bool:
         """Whether `hold` has come since all ranks voted for this round; the same on all of them."""
-        is_planners = candidate is not None and candidate.round.generation != HOME
-        return self._inbox.is_held and is_planners
+        return self._inbox.is_held and candidate is not None and candidate.is_planners
 
     def _start(self, at_once: bool) -> None:
         """The voted round is under way; its transfer begins in the next step if this one commits,
@@ -332,11 +313,7 @@ class Loader:
         assert active is not None
         self._begins_later = False
         self._times.begin()
-
-        def tables() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            layers, columns = active.round.changed_layers(), active.round.column_array()
-            return self._engine.tables(layers, active.after, columns)
-
+        tables = functools.partial(active.tables, self._engine)
         self._stagers.begin(active.identity, active.moves, self._transport_epoch, tables)
 
     def _commit(self) -> None:
@@ -373,8 +350,7 @@ class Loader:
     def _abort(self, failed_rank: int) -> None:
         """Forget the round on all ranks; the next one uses fresh connections."""
         assert self._active is not None
-        waited = self._step - self._active_since
-        self._count_damage()
+        waited, result = self._step - self._active_since, self._result()
         self._guard(self._stagers.give_up)
         rows = self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         log.warning(
@@ -385,19 +361,15 @@ class Loader:
             f"; its transfer still runs here, {rows} staging rows are left to it" if rows else "",
         )
         self._transport_epoch += 1
-        self._drop_active()
+        self._drop_active(result)
 
-    def _count_damage(self) -> None:
-        result = self._result()
-        if result is not None and result.damaged:
-            self._status.add(Field.DAMAGED)
-
-    def _drop_active(self) -> None:
+    def _drop_active(self, result: Result | None) -> None:
         assert self._active is not None
         self._inbox.drop_home()
         self._voted = None  # it may have been checked against what is not committed now
         self._status.add(Field.ABORTED)
-        self._times.end(self._active.round, self._step, self._result(), rows=0)
+        self._status.add(Field.DAMAGED, int(result is not None and result.damaged))
+        self._times.end(self._active.round, self._step, result, rows=0)
         self._times.write()
         self._inbox.tell(Field.DROPPED_ROUND, self._active.round)
         self._inbox.drop_plan(self._active.round)
@@ -407,8 +379,7 @@ class Loader:
         """Balance no more: all ranks call this at the same step, for the same reason."""
         self.stopped = reason
         if self._active is not None:
-            self._count_damage()
-            self._drop_active()
+            self._drop_active(self._result())
         self._show(State.STOPPED)
         log.error(
             "balancing stopped on EP rank %d, experts stay where they are: %s", self._rank, reason
