@@ -66,9 +66,9 @@ def begin_update() -> bool:
     for state in _states():
         if state.worker is not None:
             opened |= state.worker.begin_update()
-        else:
-            opened |= not state.is_writing
-            state.is_writing = True
+        elif not state.is_writing:
+            opened = state.is_writing = True
+            log.info("weights are written or read before the first step; balancing begins after it")
     return opened
 
 
@@ -90,6 +90,11 @@ def give_up_update(why: str) -> bool:
         else:
             is_open |= state.worker.give_up_update(why)
     return is_open
+
+
+def is_any_writing(state: Balanced, group: torch.distributed.ProcessGroup) -> bool:
+    """Whether an update that has begun before there was a worker is open on any rank of `group`."""
+    return bool(agree(group, "weights are written" if state.is_writing else ""))
 
 
 def release(engine_worker: Any) -> None:

@@ -94,13 +94,19 @@ class FlashState:
         if is_profile or self.warming:
             return
         if self.worker is None and not self._agreed:
-            self._make_worker(is_dummy)
+            self._start(is_dummy)
         if self.worker is not None:
             self.worker.step(is_dummy, phase_of(self.batch))
 
     def rearrange(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Never: the planner alone decides."""
         return None
+
+    def _start(self, is_dummy: bool) -> None:
+        """At the first step of all ranks at which none writes weights: what is asked of models is
+        about those that they have."""
+        if not balanced.is_any_writing(self, get_ep_group().cpu_group):
+            self._make_worker(is_dummy)
 
     def _make_worker(self, is_dummy: bool) -> None:
         states = list(self.model_states.values())
@@ -113,8 +119,6 @@ class FlashState:
             log.error("flash_eplb does not balance: %s; vLLM serves on, unbalanced", self.inert)
             return
         self.worker = worker
-        if worker is not None and self.is_writing:
-            worker.begin_update()
         if worker is not None and not is_dummy:
             worker.forward(0)  # the pass that this first step ends
 

@@ -89,13 +89,6 @@ class WeightUpdate:
             raise
         return True
 
-    def adopt(self) -> None:
-        """At the start, on all ranks: the engine has begun to write, on some or all of them. The
-        experts are where it writes, and stay there to the end of it."""
-        self._updates += 1
-        self._loader.hold()
-        self.is_open = True
-
     def give_up(self, why: str) -> None:
         """This rank does not come to the end that it has begun to write for, so that the others
         need not wait for it. One that has begun anew since somebody gave up is not meant."""

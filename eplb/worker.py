@@ -140,9 +140,11 @@ class Worker:
             is_dummy: its tokens and its heat do not count.
             phase: `FLAG_PREFILL`, `FLAG_DECODE`, both, or 0 if it is not known.
         """
-        if not self._started:
+        # While weights are written, on some ranks as yet, nobody can say whether they fit together.
+        if not self._started and not any(self._group.gather(self._is_writing)):
             self._start()
-        if self.refused:
+        if not self._started or self.refused:
+            self._in_forward = False
             for load in self._engine.loads:
                 load.zero_()
             return
@@ -183,7 +185,8 @@ class Worker:
             self._loader.mismatch = True
 
     def _start(self) -> None:
-        """At the first step of all ranks: agree to balance, or not to; equal on all ranks."""
+        """At the first step of all ranks at which none writes weights: agree to balance, or not to;
+        equal on all ranks."""
         self._started = True
         try:
             generation = agree_on_settings(self._group, self._config, self._shape)
@@ -191,16 +194,12 @@ class Worker:
             prefix = f"flash_eplb/{generation}"  # a group before us has left keys in the store
             self._group.store = dist.PrefixStore(prefix, self._group.store)
             self._reference = np.zeros((self._shape.layers, self._shape.experts), np.int64)
-            is_writing = any(self._group.gather(self._is_writing))
-            if not is_writing:  # else ranks may differ as yet, and the end asks for it
-                self._take_values()
+            self._take_values()
             self._at_exit = Finalize(None, self.close, exitpriority=100)
             self._group.together(self._check_limits)
             self._group.together(lambda: self._open_names(generation))
             self._group.together(lambda: self._find_peers(generation))
             self._group.together(self._build)
-            if is_writing:
-                self._update.adopt()
         except UnsupportedError as error:
             self.refused = str(error)
             self.close()

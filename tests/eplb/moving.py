@@ -21,15 +21,12 @@ GENERATION = 99
 
 
 class Moving(Workers):
-    """Workers with a planner's end of their queues; `early` ranks write before the first step."""
+    """Workers with a planner's end of their queues."""
 
-    def __init__(self, session, early=(), **options):
+    def __init__(self, session, **options):
         self.scales = [torch.ones(SLOTS), torch.ones(SLOTS)]  # of each rank; nobody hands them out
         configs = [{"staging_rows": 1, **options}] * 2
         super().__init__(session, configs, unsupported=self.left_behind)
-        for rank in early:
-            assert self.workers[rank].begin_update()
-            self.engines[rank].weights[1][0][1, 3] += rank  # replicas differ while it writes
         self.step()
         self.initial = self.engines[0].placement
         self.segments = [

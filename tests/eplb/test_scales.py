@@ -52,20 +52,6 @@ def test_a_scale_that_an_update_has_made_another_stops_balancing(session):
     group.close()
 
 
-def test_scales_that_differ_while_weights_are_written_are_asked_for_at_the_end(session):
-    """An update that began before the first step may have come to one rank only as yet."""
-    scales = [{"a": 1.0}, {"a": 2.0}]
-    group = Workers(session, scales=lambda rank: scales[rank])
-    assert group.workers[1].begin_update()
-    group.step(4)
-    assert [worker.refused for worker in group.workers] == ["", ""]
-    scales[0] = {"a": 2.0}
-    group.run(lambda rank: group.workers[rank].end_update())
-    group.step(4)
-    assert not any(worker.has_stopped for worker in group.workers)
-    group.close()
-
-
 def test_scales_are_named_by_model_layer_and_tensor():
     layer = torch.nn.Module()
     layer.w13_weight = torch.nn.Parameter(torch.rand(4, 3), requires_grad=False)
