@@ -31,7 +31,7 @@ class Doorbell:
     def __init__(self, name: str, descriptor: int, owner: bool):
         self._name = name
         self._descriptor = descriptor
-        self._owner = owner
+        self._owner_pid = os.getpid() if owner else 0
 
     @classmethod
     def create(cls, name: str) -> Doorbell:
@@ -97,11 +97,11 @@ class Doorbell:
 
         Safe to call twice.
         """
-        if self._owner:
+        if self._owner_pid == os.getpid():  # a forked child leaves it to its parent
             # crash point: bell.close.begin
             unlink_own(self._name, self._descriptor)
             # crash point: bell.close.unlinked
-            self._owner = False
+            self._owner_pid = 0
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

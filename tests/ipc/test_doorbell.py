@@ -120,6 +120,26 @@ def test_the_owner_removes_it_and_may_close_twice(name):
         Doorbell.open(name)
 
 
+def test_a_forked_child_closes_its_copy_and_removes_nothing(name, start):
+    script = start(
+        "import os, sys\n"
+        "from flash_eplb.ipc.doorbell import Doorbell\n"
+        "bell = Doorbell.create(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    bell.close()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print('closed', flush=True)\n"
+        "sys.stdin.read()\n"
+        "bell.close()\n",
+        name,
+    )
+    script.line()
+    Doorbell.open(name).close()
+    assert script.end() == 0
+
+
 def test_a_leftover_is_replaced(name):
     leftover = Doorbell.create(name)
     leftover.ring()
