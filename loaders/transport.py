@@ -25,6 +25,7 @@ _WATCHDOG = timedelta(minutes=30)
 
 _LEFT = "left"  # in the store of an epoch: the last rank that has left it
 
+_PAUSES = (0.0005, 0.008)  # seconds from one look into the store to the next: at first, and at most
 _MOST_TENSORS = 64  # of one expert; message tags of two moves lie that far apart
 
 
@@ -235,13 +236,14 @@ def wait_for(
     Raises:
         RuntimeError: a rank has left the epoch, or the time is over.
     """
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, _PAUSES[0]
     for rank in ranks:
         while not is_there(rank):
             _check_left(store)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"EP rank {rank} did not {what} within {timeout:g} seconds")
-            time.sleep(0.0005)
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSES[1])
 
 
 def _check_left(store: dist.Store) -> None:
