@@ -212,7 +212,7 @@ class WeightUpdate:
         ticks, epoch = 0, loader.epoch
         while not loader.stopped and (ticks < 2 * self._vote_steps or not loader.is_idle):
             self._wait()
-            loader.tick()
+            loader.tick(is_step=False)
             # The votes that were cast before must be heard. What counts here is the same on all.
             ticks = ticks + 1 if loader.epoch == epoch else 0
             epoch = loader.epoch

@@ -83,7 +83,8 @@ class Loader:
         self._active: Candidate | None = None
         self._begins_later = False
         self._active_since = 0
-        self._step = 0
+        self._step = 0  # of the engine
+        self._ticks = 0
         self._transport_epoch = 0
         self.placement = engine.placement.copy()
         self.epoch = 0
@@ -93,12 +94,16 @@ class Loader:
         self._board.write(0, self.placement)
         self._stagers.connect(self._transport_epoch)
 
-    def tick(self) -> bool:
+    def tick(self, is_step: bool = True) -> bool:
         """Once per step, after the forward pass; returns whether a round was committed.
 
         Nothing here waits, except for a rank that has not cast the vote it owes.
+
+        Args:
+            is_step: of the engine; else all ranks only go on with rounds between two steps.
         """
-        self._step += 1
+        self._ticks += 1
+        self._step += is_step
         self._times.write()
         if self.stopped:
             return False
@@ -106,7 +111,7 @@ class Loader:
             self._guard(self._begin)
         if self._inbox.has_record():
             self._guard(self._inbox.collect)
-        if self._step % self._vote_steps:
+        if self._ticks % self._vote_steps:
             if self._votes_later:
                 self._cast()
             return False
@@ -202,7 +207,7 @@ class Loader:
     def _candidate(self) -> Candidate | None:
         """The round that this rank would start now, or after the commit of one that is staged."""
         self._status.show(Field.QUARANTINED_ROWS, self._stagers.quarantined)
-        self._stagers.watch(self._step, self._timeout_steps, self._active is not None)
+        self._stagers.watch(self._ticks, self._timeout_steps, self._active is not None)
         if self._stagers.busy or (self._active is not None and not self._is_staged()):
             return None
         if self._inbox.is_held:
@@ -235,7 +240,7 @@ class Loader:
         """Hand the next live expert to a stager that has nothing else to do until the next vote."""
         if self._voted or self._active or self._inbox.is_held or self._stagers.busy:
             return
-        beat = self._patrol.next(self._step, self.placement[:, self._rank])
+        beat = self._patrol.next(self._ticks, self.placement[:, self._rank])
         if beat is not None:
             self._stagers.look(beat)
 
@@ -249,7 +254,7 @@ class Loader:
             if result is not None:
                 staged, failed = not result.error, bool(result.error)
                 failed_us = result.failed_us or failed_us
-            elif self._step - self._active_since >= self._timeout_steps:
+            elif self._ticks - self._active_since >= self._timeout_steps:
                 failed = True
                 failed_us *= self._stagers.waits  # else the others may wait for this one
             # A rank that has voted staged may not fail it, and this one may have: so no answer
@@ -299,7 +304,7 @@ class Loader:
         so that no thread of ours competes with the copies of a commit, here or on another rank."""
         assert self._voted is not None
         self._active = active = self._voted
-        self._active_since = self._step
+        self._active_since = self._ticks
         self._times.start(self._step)
         self._inbox.take(active.identity)
         self._show(State.STAGING)
@@ -350,7 +355,7 @@ class Loader:
     def _abort(self, failed_rank: int) -> None:
         """Forget the round on all ranks; the next one uses fresh connections."""
         assert self._active is not None
-        waited, result = self._step - self._active_since, self._result()
+        waited, result = self._ticks - self._active_since, self._result()
         self._guard(self._stagers.give_up)
         rows = self._status[Field.QUARANTINED_ROWS] = self._stagers.quarantined
         log.warning(

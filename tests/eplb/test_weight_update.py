@@ -135,6 +135,19 @@ def test_an_update_between_two_rounds_needs_no_patience(moving, steps):
     group.update_after(steps)
 
 
+def test_the_steps_of_a_round_are_the_engine_s_after_an_update_too(moving):
+    """A time line shows them beside the heat, whose steps are counted by the worker."""
+    group = moving()
+    for _ in range(2):
+        group.move()
+        group.update()
+    before = group.workers[0]._step
+    group.move()
+    group.step()
+    last = group.segments[0].rounds.read()[-1]
+    assert before < last["start_step"] < last["end_step"] < group.workers[0]._step
+
+
 def test_what_the_ranks_have_met_by_does_not_pile_up_in_the_store(moving):
     group = moving()
     group.update()
