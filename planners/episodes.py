@@ -43,6 +43,7 @@ class EpisodeWindow:
     Attributes:
         count: episodes so far.
         empty: steps in a row that had tokens and no heat.
+        unplaced: steps in a row of an epoch whose placement is unknown.
     """
 
     def __init__(self, layers: int, experts: int, ranks: int, steps: int, episodes: int):
@@ -56,6 +57,7 @@ class EpisodeWindow:
         self._placements: OrderedDict[int, np.ndarray] = OrderedDict()
         self.count = 0
         self.empty = 0
+        self.unplaced = 0
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -70,7 +72,9 @@ class EpisodeWindow:
         """Count one step; steps of an epoch whose placement is unknown are discarded."""
         placement = self._placements.get(step.epoch)
         if placement is None:
+            self.unplaced += step.span
             return
+        self.unplaced = 0
         if not step.heat.any():
             self.empty += step.span if step.tokens else 0
             return

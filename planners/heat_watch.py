@@ -71,6 +71,12 @@ class HeatWatch:
                 f"in {self._window.empty} steps that had tokens the engine has counted none for "
                 "any expert: do its MoE layers count them (vLLM: expert_load_pass)?"
             )
+        elif self._window.unplaced >= _HEATLESS_STEPS:
+            why = (
+                f"where the experts were in the last {self._window.unplaced} steps is unknown: the "
+                "ranks' placement boards differ, or show another epoch than that of their heat; "
+                "restart the engine"
+            )
         elif self._group.out_of_phase >= _HEATLESS_STEPS:
             why = (
                 f"none of the engine's {self._group.out_of_phase} steps counts for "

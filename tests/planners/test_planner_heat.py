@@ -144,6 +144,26 @@ def test_ranks_whose_records_never_fit_together_are_complained_about_once(
     )
 
 
+def test_ranks_whose_boards_differ_are_complained_about_once(session, engine, caplog, monkeypatch):
+    monkeypatch.setattr(heat_watch, "_HEATLESS_STEPS", 100)
+    engine.ranks[1].board.write(0, engine.placement[:, ::-1])
+
+    async def scenario():
+        async with planning(session):
+            await until(engine, lambda: engine.steps >= 400)
+            engine.ranks[1].board.write(0, engine.placement)
+            await until(engine, lambda: engine.epoch >= 1)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    (said,) = caplog.messages
+    assert re.match(
+        r"nothing is planned: where the experts were in the last 1\d\d steps is unknown: the "
+        r"ranks' placement boards differ, .*; restart the engine$",
+        said,
+    )
+
+
 def test_full_rings_are_not_held_in_memory_at_once(session):
     engine = FakeEngine(session, layers=16, ranks=4, counting=(0, 1, 2, 3), ring=1024)
     for _ in range(1024):
