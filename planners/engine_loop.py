@@ -94,7 +94,7 @@ class EngineLoop:
         self._window = EpisodeWindow(
             shape.layers, shape.experts, shape.ranks, pace.episode_steps, pace.window_episodes
         )
-        self._heat_watch = HeatWatch(group, self._window, pace.window_episodes, pace.heat_phase)
+        self._heat_watch = HeatWatch(group, self._window, pace.heat_phase)
         self._delivery: Delivery | None = None
         self._planning: Future[Proposal | None] | None = None
         self._planning_seconds = 0.0

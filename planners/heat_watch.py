@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from .episodes import EpisodeWindow
 from .group import Group
@@ -10,6 +11,7 @@ from .group import Group
 log = logging.getLogger("flash_eplb.planner")
 
 _HEATLESS_STEPS = 1000
+_LOSSES_SECONDS = 60.0  # from one word of losses to the next
 
 
 class HeatWatch:
@@ -18,17 +20,15 @@ class HeatWatch:
     Args:
         group: the engine's ranks, whose heat is read by who owns this.
         window: where it goes.
-        interval: episodes from one word of losses to the next.
         phase: of `step_heat.group_heat`.
     """
 
-    def __init__(self, group: Group, window: EpisodeWindow, interval: int, phase: str):
+    def __init__(self, group: Group, window: EpisodeWindow, phase: str):
         self._group = group
         self._window = window
-        self._interval = interval
         self._phase = phase
         self._lost = 0
-        self._next_report = 0
+        self._next_report = 0.0
         self._unphased = False
         self._heatless = False
 
@@ -43,14 +43,15 @@ class HeatWatch:
         self._say_no_heat()
 
     def _say_losses(self) -> None:
-        if self._group.lost > self._lost and self._window.count >= self._next_report:
+        now = time.monotonic()
+        if self._group.lost > self._lost and now >= self._next_report:
             log.warning(
                 "%d records of heat, one for each step of a rank, were overwritten before they "
                 "were read; raise EPLB_RING_STEPS",
                 self._group.lost - self._lost,
             )
             self._lost = self._group.lost
-            self._next_report = self._window.count + self._interval
+            self._next_report = now + _LOSSES_SECONDS
 
     def _say_unphased(self) -> None:
         """Once, that EPLB_HEAT_PHASE leaves out steps of which nobody knows the phase."""

@@ -43,6 +43,23 @@ def test_records_that_were_overwritten_are_counted_on_each_rank(session, caplog)
     ]
 
 
+def test_records_that_are_overwritten_for_long_are_spoken_of_once_a_minute(session, caplog):
+    engine = FakeEngine(session, ring=8)
+
+    async def scenario():
+        async with planning(session, pace=replace(PACE, episode_steps=1, window_episodes=2)):
+            await until(engine, lambda: engine.epoch >= 1)
+            for _ in range(50):
+                for _ in range(18):
+                    engine.step(SKEWED)
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level(logging.WARNING, "flash_eplb.planner"):
+        run(scenario())
+    engine.close()
+    assert len([text for text in caplog.messages if "overwritten" in text]) == 1
+
+
 @pytest.mark.parametrize(
     ("silent", "why"),
     [
