@@ -81,7 +81,7 @@ class Measured:
         Returns:
             (float64 [m + 1], float64 [m, ...]); nan where there were no steps.
         """
-        inner = self.gaps[(self.gaps[:, 0] > edges[0]) & (self.gaps[:, 1] < edges[-1])]
+        inner = self.gaps.clip(edges[0], edges[-1])
         cut = np.unique(np.concatenate([edges, inner.ravel()]))
         middle = (cut[1:] + cut[:-1]) / 2
         source = np.searchsorted(edges, middle, "right") - 1

@@ -121,6 +121,18 @@ def test_long_times_without_steps_are_blank(tmp_path, monkeypatch, most):
     assert even.gaps.shape == (0, 2)
 
 
+def test_a_time_without_steps_is_blank_before_a_single_last_step_and_after_a_first(tmp_path):
+    one = Recorder(tmp_path, HEADER, 1 << 30)
+    one.placement(0, FIRST)
+    for number in (1, *range(201, 221), 420):  # a chunk ends with the first step after idle time
+        one.step(step(number))
+    one.close()
+    found = measure(Recording(tmp_path), passed)
+    edges, cells = found.cells(np.array([0, 210e-6, 419e-6]), np.array([[1], [2]]))
+    assert edges == pytest.approx([0, 200e-6, 210e-6, 219e-6, 419e-6])
+    assert cells[:, 0] == pytest.approx([np.nan, 1, 2, np.nan], nan_ok=True)
+
+
 def written_evenly(folder):
     write(folder, 40)
     return Recording(folder)
