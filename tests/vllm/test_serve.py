@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "eplb"))
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import SETTINGS, assert_nothing_left
+from scraped import Metrics
 
 from flash_eplb.eplb.demo.server import VllmServer
 from flash_eplb.eplb.demo.traffic import complete, differences
@@ -109,6 +111,22 @@ def test_tokens_are_the_same_while_plans_are_committed(engine, start_planner):
     engine.check(4)
     # A plan may take two rounds, so that the ranks have committed more of them than plans.
     engine.check_until(lambda: planner.text().count(" committed") >= 5, planner)
+
+
+def test_prometheus_is_told_what_the_ranks_have_done(engine):
+    metrics = Metrics(SESSION)
+    try:
+        metrics.get_until(("eplb_engine_up",), 1)
+        while not (found := metrics.get())["eplb_episode_par_count", "0"]:
+            engine.check()
+        for rank in (0, 1):
+            committed = found["eplb_rounds_committed_total", str(rank)]
+            assert committed == engine.counts(Field.COMMITTED)[rank]
+            assert found["eplb_rank_tokens_total", str(rank)] > 0
+        assert 1 < found["eplb_par",] < 2
+        assert found["eplb_planner_up",] == 0
+    finally:
+        assert metrics.end()[0] == 0
 
 
 def test_a_planner_killed_in_the_middle_is_succeeded_by_another(engine, start_planner):
