@@ -24,6 +24,14 @@ class Metrics:
         self.first = self.process.stdout.readline().strip()
         self.url = re.search(r"http://\S+/metrics", self.first)[0]
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
     def get(self):
         """Values by (name, session left out, other labels)."""
         text = urllib.request.urlopen(self.url, timeout=30).read().decode()

@@ -1,5 +1,6 @@
 """`eplb metrics`: figures for Prometheus, beside an engine without torch."""
 
+import contextlib
 import os
 import re
 import signal
@@ -26,17 +27,9 @@ DEMAND = np.array([[80, 40, 20, 10, 2, 2, 2, 2], [10, 10, 10, 10, 10, 10, 10, 30
 
 @pytest.fixture
 def metrics(session):
-    started = []
-
-    def start(*options):
-        started.append(Metrics(session, *options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.communicate()
+    """`metrics(*options)` starts one for the session."""
+    with contextlib.ExitStack() as running:
+        yield lambda *options: running.enter_context(Metrics(session, *options))
 
 
 @pytest.fixture

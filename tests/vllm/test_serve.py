@@ -114,19 +114,17 @@ def test_tokens_are_the_same_while_plans_are_committed(engine, start_planner):
 
 
 def test_prometheus_is_told_what_the_ranks_have_done(engine):
-    metrics = Metrics(SESSION)
-    try:
+    with Metrics(SESSION) as metrics:
         metrics.get_until(("eplb_engine_up",), 1)
         while not (found := metrics.get())["eplb_episode_par_count", "0"]:
             engine.check()
-        for rank in (0, 1):
-            committed = found["eplb_rounds_committed_total", str(rank)]
-            assert committed == engine.counts(Field.COMMITTED)[rank]
-            assert found["eplb_rank_tokens_total", str(rank)] > 0
-        assert 1 < found["eplb_par",] < 2
-        assert found["eplb_planner_up",] == 0
-    finally:
         assert metrics.end()[0] == 0
+    for rank in (0, 1):
+        committed = found["eplb_rounds_committed_total", str(rank)]
+        assert committed == engine.counts(Field.COMMITTED)[rank]
+        assert found["eplb_rank_tokens_total", str(rank)] > 0
+    assert 1 < found["eplb_par",] < 2
+    assert found["eplb_planner_up",] == 0
 
 
 def test_a_planner_killed_in_the_middle_is_succeeded_by_another(engine, start_planner):
