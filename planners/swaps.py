@@ -285,18 +285,16 @@ def even_out(layer, price, room, share):
     """
     placement, home = layer.placement, layer.home
     ranks, slots = placement.shape
-    episodes = layer.heat.shape[1]
-    load = np.zeros(ranks, np.float32)
+    load = np.zeros(ranks)  # float64, or by rounding two ranks that only trade loads get nearer
     units = np.empty((ranks, slots), np.float32)
     for rank in range(ranks):
-        for t in range(episodes):
-            load[rank] += layer.loads[rank, t]
         for slot in range(slots):
             expert = placement[rank, slot]
-            units[rank, slot] = layer.mean[expert] * layer.share[expert] * episodes
+            units[rank, slot] = layer.mean[expert] * layer.share[expert] * layer.heat.shape[1]
+            load[rank] += units[rank, slot]
     order = np.argsort(-load)
     level = load.sum() / ranks
-    level += np.float32(share) * (load[order[0]] - level)
+    level += share * (load[order[0]] - level)
     worth = np.empty(slots, np.float32)
     done = 0
     for i in range(ranks // 2):
@@ -305,7 +303,7 @@ def even_out(layer, price, room, share):
             break
         for j in range(min(PARTNERS, ranks // 2)):
             other = order[ranks - 1 - j]
-            gap = load[rank] - load[other]
+            gap = np.float32(load[rank] - load[other])
             slot, other_slot = _nearest_half(layer, units, rank, other, gap, worth)
             if slot < 0:
                 continue
@@ -315,8 +313,9 @@ def even_out(layer, price, room, share):
                 continue
             mine, theirs = units[rank, slot], units[other, other_slot]
             units[rank, slot], units[other, other_slot] = theirs, mine
-            load[rank] -= mine - theirs
-            load[other] += mine - theirs
+            shift = np.float64(mine) - theirs
+            load[rank] -= shift
+            load[other] += shift
             swap(layer, rank, slot, other, other_slot)
             room -= moves
             done += 1

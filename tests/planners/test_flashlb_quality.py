@@ -81,6 +81,19 @@ def test_many_ranks_with_few_slots_are_evener_than_the_greedy_makes_them(shape, 
 
 
 @pytest.mark.parametrize("every_layer", [False, True])
+@pytest.mark.parametrize(("experts", "ranks"), [(48, 64), (256, 320)])
+@pytest.mark.parametrize("episodes", [32, 50])
+def test_with_a_slot_per_rank_only_replicas_that_are_new_move(
+    experts, ranks, episodes, every_layer
+):
+    rng = np.random.default_rng(5)
+    heat = window(rng, zipf(rng, 1, experts), episodes)
+    plan = FlashLB(ranks, 1).plan(heat, initial(1, ranks, 1, experts), every_layer)
+    before, after = (np.bincount(p.ravel()) for p in (plan.before, plan.placement))
+    assert len(plan.moves) == np.maximum(0, after - before).sum() > 0
+
+
+@pytest.mark.parametrize("every_layer", [False, True])
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 5, 17, 40])
 def test_no_plan_takes_more_moves_than_it_may(room, effort, every_layer):

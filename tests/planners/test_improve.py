@@ -53,6 +53,16 @@ def test_evening_out_makes_nothing_worse(case, price, room, share):
     assert won >= price * moved(layer.placement, today) - 1e-5
 
 
+@pytest.mark.parametrize("episodes", [1, 6, 50, 64])
+@pytest.mark.parametrize("idle", [0, 1, 3])
+def test_ranks_that_would_only_trade_their_loads_keep_them(episodes, idle):
+    heat = np.random.default_rng(episodes).random((episodes, 12 * (1 + idle))) ** 4
+    heat[:, 12:] = 0
+    heat *= 12 / heat.sum(axis=1, keepdims=True) / episodes
+    today = np.arange(12 * (1 + idle)).reshape(1 + idle, 12).T
+    assert even_out(settled(heat, today), np.float32(0), 10**6, 0) == 0
+
+
 def test_swaps_find_the_even_placement():
     heat = np.array([[4, 3, 2, 1]]) * 2 / 10
     placement = improved(settled(heat, [[0, 1], [2, 3]]))
