@@ -272,7 +272,8 @@ class FlashLB:
             columns = window.columns.copy()
             for layer, offer in taken.items():
                 columns[layer] = follow(offer.placement, offer.columns, wanted[layer])
-            self._division.give_up(window.seen, wanted, columns)
+            even = self._division.give_up(window.seen, wanted, columns)
+            after[even] = self._finder.measure(window.seen, wanted[even], even, columns[even])[0]
             self._columns = columns.copy()
         if window.tokens is not window.seen:
             after = self._finder.measure(window.seen, wanted, columns=columns)[0]

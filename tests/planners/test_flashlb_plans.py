@@ -240,3 +240,17 @@ def test_columns_are_never_worse_than_an_engines_own_however_the_heat_turns(
         ours = ratios(heat, placement, plan.columns)
         assert (ours <= ratios(heat, placement, even(placement)) + 1e-4).all()
     assert turned
+
+
+@pytest.mark.parametrize("routing", ["weighted", "by_source"])
+def test_a_way_that_goes_on_with_even_columns_is_measured_with_them(routing):
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        planner, placement = FlashLB(4, 4, routing=routing), initial(2, 4, 4, 8)
+        turns = [zipf(rng, 2, 8, 1.2) for _ in range(4)]
+        for number in range(12):
+            heat = window(rng, turns[number // 3], 2, 300)
+            plan = planner.plan(heat, placement, max_moves=5)
+            placement = plan.placement
+            after = ratios(heat, placement, plan.columns)
+            np.testing.assert_allclose(plan.par_after, after, rtol=1e-5)
