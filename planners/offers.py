@@ -19,6 +19,10 @@ FAR = 3.0
 """Times the price of moves that a layer with a promise pays if all is placed anew, unless it has
 waited for a plan for long."""
 
+LONGEST = 64
+"""Calls that a way may take on which balance is lost: the end of a longer one is too far off to be
+relied on, and to look for all of it takes minutes where layers are large."""
+
 
 class Finder:
     """Looks for offers.
@@ -81,9 +85,11 @@ class Finder:
     ) -> list[Offer]:
         """The first `room` moves of an offer, though balance is lost until others follow.
 
-        None if as many in each call do not lead to its end, or if PAR rises by more than `most`
-        on the way.
+        None if as many in each call do not lead to its end, or not in LONGEST calls, or if PAR
+        rises by more than `most` on the way.
         """
+        if offer.moves > LONGEST * room:
+            return []
         here = window.today[offer.layer]
         stops: list[np.ndarray] = []
         while moves_between(here, offer.placement):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flash_eplb.ipc.placement import check_placement
 from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.offers import LONGEST, Finder
 from flash_eplb.planners.partway import moves_between, part_of_the_way
 from flash_eplb.planners.plan import align
 
@@ -116,3 +117,26 @@ def test_parts_win_something_but_for_few_that_cost_little(routing):
             placement = plan.placement
     assert won > 10 * len(lost)
     assert min(lost, default=0) > -0.05
+
+
+def test_a_way_that_costs_balance_is_not_looked_for_farther_than_it_may_lead(monkeypatch):
+    """With one move a call and hundreds to go it took minutes on a thousand ranks."""
+    costly, on_the_way, looks = Finder.costly, Finder._on_the_way, []
+
+    def counted(self, *arguments, **how):
+        if how.get("costly"):
+            looks[-1] += 1
+        return on_the_way(self, *arguments, **how)
+
+    monkeypatch.setattr(Finder, "costly", lambda *a: (looks.append(0), costly(*a))[1])
+    monkeypatch.setattr(Finder, "_on_the_way", counted)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        heat = rng.permutation(np.arange(1, 101) ** -1.0) * 3000
+        planner = FlashLB(128, 3, routing="by_source", max_moves=1)
+        placement = initial(1, 128, 3, 100)
+        for number in range(6):
+            tokens = rng.poisson(np.roll(heat, 7 * number), (8, 1, 100))
+            placement = planner.plan(tokens, placement).placement
+    assert looks
+    assert max(looks) <= LONGEST
