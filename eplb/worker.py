@@ -257,7 +257,10 @@ class Worker:
         config, group, engine, shape = self._config, self._group, self._engine, self._shape
         reference = self._reference if config.verify else None
         staging = Staging(engine.weights, shape.staging_rows, engine.buffer)
-        kind = transport_for(config.transport, engine, shape.staging_rows, staging.borrowed)
+        try:
+            kind = transport_for(config.transport, engine, shape.staging_rows, staging.borrowed)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
 
         def make_stager() -> Stager:
             # A store of its own: one that hangs in a wait lets nobody else through.

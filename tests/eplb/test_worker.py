@@ -170,6 +170,15 @@ def test_settings_that_differ_are_refused_by_name(workers):
     assert "EPLB_EPISODE_STEPS=5 and 16" in group.workers[0].refused
 
 
+def test_a_transport_that_cannot_serve_here_is_a_reason_and_no_failure(workers, session, caplog):
+    group = workers(configs=[{"transport": "nccl"}] * 2)
+    group.step()
+    for worker in group.workers:
+        assert worker.refused.startswith("EP rank 0: EPLB_TRANSPORT=nccl: it moves what lies on")
+    assert "Traceback" not in caplog.text
+    assert segment_names(session) == []
+
+
 def test_an_engine_that_lives_in_the_session_is_named_by_pid(workers, session):
     living = take_name(session, rank_name(session, 1), b"", 0, 1)
     group = workers()
