@@ -22,7 +22,7 @@ from ..ipc.liveness import SegmentAbsentError, SegmentError, owner_is_alive
 from ..ipc.names import planner_name
 from ..ipc.shape import GroupShape
 from ..ipc.status import Field, State
-from ..planners.episodes import step_par
+from ..planners.episodes import rank_tokens, step_par
 from ..planners.group import Group
 from ..planners.life import silent_planner
 from ..planners.step_heat import StepHeat
@@ -84,7 +84,7 @@ class Meter:
 
     def add(self, step: StepHeat) -> None:
         """Count one step; one without heat is none."""
-        load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2)
+        load = rank_tokens(step.heat, self._ranks)
         if not load.any():
             return
         self.load += load.sum(axis=0)
@@ -166,15 +166,9 @@ class Exporter(Collector):
             return list(self._collect())
 
     def _collect(self) -> Iterator[Metric]:
-        session = [self._session]
-        up = GaugeMetricFamily("eplb_engine_up", "Whether there is an engine.", labels=["session"])
-        up.add_metric(session, self._group is not None)
-        yield up
-        up = GaugeMetricFamily(
-            "eplb_planner_up", "Whether a planner runs and shows life.", labels=["session"]
-        )
-        up.add_metric(session, _has_planner(self._session))
-        yield up
+        yield self._gauge("engine_up", "Whether there is an engine.", self._group is not None)
+        planner = _has_planner(self._session)
+        yield self._gauge("planner_up", "Whether a planner runs and shows life.", planner)
         if self._group is not None and self._meter is not None:
             yield from self._of_ranks(self._group)
             yield from self._of_heat(self._group, self._meter)
@@ -213,13 +207,14 @@ class Exporter(Collector):
         )
         lost.add_metric(session, group.lost)
         yield lost
-        for name, text, value in (
-            ("eplb_par", "Mean PAR of all layers, latest episodes.", meter.par),
-            ("eplb_balancedness", "1 / eplb_par.", 1 / meter.par),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=labels)
-            gauge.add_metric(session, value)
-            yield gauge
+        yield self._gauge("par", "Mean PAR of all layers, latest episodes.", meter.par)
+        yield self._gauge("balancedness", "1 / eplb_par.", 1 / meter.par)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        """One value for the session."""
+        gauge = GaugeMetricFamily(f"eplb_{name}", text, labels=["session"])
+        gauge.add_metric([self._session], value)
+        return gauge
 
 
 def _has_planner(session: str) -> bool:

@@ -20,6 +20,12 @@ def add_logical(total, heat, placement):
             total[layer, placement[layer, column]] += heat[layer, column]
 
 
+def rank_tokens(heat: np.ndarray, ranks: int) -> np.ndarray:
+    """[layers, ranks], tokens of each rank's slots, from physical heat [layers, columns]."""
+    tokens: np.ndarray = heat.reshape(len(heat), ranks, -1).sum(axis=2)
+    return tokens
+
+
 def step_par(heat: np.ndarray, ranks: int) -> np.ndarray:
     """Measured PAR per layer, max over mean of the ranks' tokens; 1.0 where there are none.
 
@@ -27,7 +33,7 @@ def step_par(heat: np.ndarray, ranks: int) -> np.ndarray:
         heat: [layers, columns], physical.
         ranks: EP ranks.
     """
-    load = heat.reshape(heat.shape[0], ranks, -1).sum(axis=2)
+    load = rank_tokens(heat, ranks)
     mean = load.mean(axis=1)
     return np.where(mean > 0, load.max(axis=1) / np.maximum(mean, 1e-9), 1.0)
 
@@ -80,7 +86,7 @@ class EpisodeWindow:
             return
         self.empty = 0
         add_logical(self._total, step.heat, placement)
-        load = step.heat.reshape(len(step.heat), self._ranks, -1).sum(axis=2)
+        load = rank_tokens(step.heat, self._ranks)
         self._physical = self._physical + load if self._filled else load
         self._filled += step.span
         if self._filled >= self._steps:

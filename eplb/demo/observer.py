@@ -9,6 +9,7 @@ import numpy as np
 
 from ...ipc.liveness import SegmentError
 from ...ipc.status import Field
+from ...planners.episodes import rank_tokens
 from ...planners.group import Group
 
 _EPISODE = 16
@@ -35,7 +36,7 @@ class Observer:
                     continue
             ranks = self.group.shape.ranks
             for step in self.group.read_heat():
-                load = step.heat.reshape(len(step.heat), ranks, -1).sum(axis=2)
+                load = rank_tokens(step.heat, ranks)
                 self._loads.append((step.step, load))
             time.sleep(0.05)
 
