@@ -136,11 +136,6 @@ class Copies:
             torch._foreach_copy_(targets, sources)
 
 
-def copy_rows(live: Sequence[torch.Tensor], staged: Sequence[torch.Tensor]) -> None:
-    """Write what was staged over what is live, one for one."""
-    Copies(live, staged).run()
-
-
 def _most_bytes() -> int:
     """Of a tensor that is not torch's to copy."""
     return SMALL if torch.get_num_threads() > 1 else sys.maxsize

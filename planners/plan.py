@@ -197,28 +197,13 @@ def plan_between(
 
 
 def align_all(before: np.ndarray, wanted: np.ndarray, experts: int) -> np.ndarray:
-    """`align` for int32[layers, ranks, slots], both valid: no checks."""
+    """`wanted` with the slots that let the change run at one row per rank.
+
+    What stays on a rank keeps its slot. Both int32[layers, ranks, slots] and valid: no checks.
+    """
     placement = wanted.copy()
     align_layers(before, placement, experts)
     return placement
-
-
-def align(before: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Give the experts of `wanted` the slots that let the change run at one row per rank.
-
-    Args:
-        before: int[ranks, slots], a valid placement of one layer.
-        wanted: int[ranks, slots], a valid placement of the same experts; only the set of experts
-            on each rank counts.
-
-    Returns:
-        int32[ranks, slots] with the sets of `wanted`; experts that stay on a rank keep their slot.
-
-    Raises:
-        ValueError: the shapes differ.
-        PlacementError: `before` or `wanted` is not valid.
-    """
-    return make_plan(np.asarray(before)[None], np.asarray(wanted)[None]).placement[0]
 
 
 def _check_named(name: str, placement: np.ndarray, experts: int) -> None:

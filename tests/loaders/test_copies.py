@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_eplb.loaders.copies import SMALL, STREAMED, Copies, copy_rows
+from flash_eplb.loaders.copies import SMALL, STREAMED, Copies
 
 DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int64]
 
@@ -51,7 +51,7 @@ def test_exactly_what_is_to_be_written_is_written(cases):
         place = copy.as_strided(target.shape, target.stride(), target.storage_offset())
         place.copy_(source)
         expected.append(copy)
-    copy_rows([target for _, target, _ in cases], [source for *_, source in cases])
+    Copies([target for _, target, _ in cases], [source for *_, source in cases]).run()
     for (around, *_), copy in zip(cases, expected, strict=True):
         assert torch.equal(around, copy)
 
@@ -69,7 +69,7 @@ def test_lines_are_streamed_from_and_to_any_address(cases):
         rooms.append((room, torch.cat([room[:to], source, room[to + size :]])))
         live.append(room[to : to + size])
         staged.append(source)
-    copy_rows(live, staged)
+    Copies(live, staged).run()
     assert all(torch.equal(room, wanted) for room, wanted in rooms)
 
 
@@ -136,7 +136,7 @@ def test_it_does_not_matter_in_which_mode_tensors_were_made(large, threads):
     parameter = torch.nn.Parameter(torch.zeros(size))
     with torch.inference_mode():
         inferred = torch.zeros(size)
-    copy_rows([parameter, inferred], [torch.ones(size)] * 2)
+    Copies([parameter, inferred], [torch.ones(size)] * 2).run()
     assert (parameter == 1).all()
     assert (inferred == 1).all()
     assert parameter.requires_grad
@@ -151,7 +151,7 @@ def test_tensors_of_two_shapes_are_refused_before_anything_is_written():
 
 def test_a_view_that_torch_resolves_as_it_copies_is_left_to_it():
     live, source = torch.zeros(2, dtype=torch.complex64), torch.tensor([1j, 2 - 1j])
-    copy_rows([live], [source.conj()])
+    Copies([live], [source.conj()]).run()
     assert live.tolist() == [-1j, 2 + 1j]
 
 
@@ -164,21 +164,21 @@ def test_only_large_tensors_are_left_to_torch_and_only_if_it_has_several_threads
     monkeypatch.setattr(torch, "_foreach_copy_", refuse)
     threads(2)
     table, flat = torch.full((4, 1024), -1), torch.zeros(SMALL, dtype=torch.uint8)
-    copy_rows([table[:, :3], flat], [torch.ones((4, 3), dtype=torch.int64), flat + 1])
+    Copies([table[:, :3], flat], [torch.ones((4, 3), dtype=torch.int64), flat + 1]).run()
     assert (table[:, :3] == 1).all()
     assert (table[:, 3:] == -1).all()
     assert (flat == 1).all()
     large = torch.zeros(SMALL + 1, dtype=torch.uint8)
     with pytest.raises(AssertionError, match="a call of torch"):
-        copy_rows([large], [large + 1])
+        Copies([large], [large + 1]).run()
     threads(1)
-    copy_rows([large], [large + 1])
+    Copies([large], [large + 1]).run()
     assert (large == 1).all()
 
 
 def test_another_dtype_is_converted():
     live = torch.zeros(3, dtype=torch.int32)
-    copy_rows([live], [torch.tensor([1, 2, 3])])
+    Copies([live], [torch.tensor([1, 2, 3])]).run()
     assert live.tolist() == [1, 2, 3]
 
 

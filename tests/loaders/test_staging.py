@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_eplb.loaders import digest as digest_module
-from flash_eplb.loaders.copies import copy_rows
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.digest import device_digest, digests, row_digest
 from flash_eplb.loaders.reorder import reorder_slots
 from flash_eplb.loaders.staging import (
@@ -115,7 +115,7 @@ def test_the_views_are_the_live_bytes(kinds):
 
 def commit(staging, weights, row, layer, slot):
     """What a loader does with a row that has arrived."""
-    copy_rows(slot_views(weights[layer], slot), staging.views(row, layer))
+    Copies(slot_views(weights[layer], slot), staging.views(row, layer)).run()
 
 
 @given(st.lists(TENSORS, min_size=1, max_size=3), st.integers(1, 4), st.booleans(), st.data())

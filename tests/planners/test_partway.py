@@ -11,7 +11,7 @@ from flash_eplb.ipc.placement import check_placement
 from flash_eplb.planners.flashlb import FlashLB
 from flash_eplb.planners.offers import LONGEST, Finder
 from flash_eplb.planners.partway import moves_between, part_of_the_way
-from flash_eplb.planners.plan import align
+from flash_eplb.planners.plan import make_plan
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32), room=st.integers(0, 12))
@@ -19,7 +19,7 @@ def test_a_part_of_the_way_is_valid_and_fits_and_costs_no_balance(shape, seed, r
     ranks, slots, experts = shape
     rng = np.random.default_rng(seed)
     today, wanted = (shuffled(rng, 1, ranks, slots, experts)[0] for _ in range(2))
-    wanted = align(today, wanted)
+    wanted = aligned(today, wanted)
     heat = window(rng, zipf(rng, 1, experts), 4)
     here = part_of_the_way(heat.astype(float), 0, today, wanted, room, False)
     check_placement(here[None], experts)
@@ -38,7 +38,7 @@ def test_parts_that_may_cost_balance_lead_to_the_end_or_nowhere(shape, seed, roo
     heat = window(rng, zipf(rng, 1, experts), 4).astype(float)
     left = moves_between(here, wanted)
     while left:
-        there = part_of_the_way(heat, 0, here, align(here, wanted), room, True)
+        there = part_of_the_way(heat, 0, here, aligned(here, wanted), room, True)
         check_placement(there[None], experts)
         moves = moves_between(here, there)
         assert moves <= room
@@ -48,6 +48,10 @@ def test_parts_that_may_cost_balance_lead_to_the_end_or_nowhere(shape, seed, roo
         left -= moves
         assert moves_between(there, wanted) == left
         here = there
+
+
+def aligned(here, wanted):
+    return make_plan(here[None], wanted[None]).placement[0]
 
 
 def followed(heats, placement, **limits):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_eplb.ipc.placement import PlacementError, apply_moves
-from flash_eplb.planners.plan import align, make_plan
+from flash_eplb.planners.plan import make_plan
 from flash_eplb.planners.rounds import schedule
 
 
@@ -91,12 +91,6 @@ def test_the_moves_of_a_plan_lead_to_its_placement(change):
     changed = [layer for layer in range(len(old)) if old[layer] != new[layer]]
     assert sorted(plan.layers.tolist()) == changed
     assert bool(plan) == bool(changed)
-
-
-def test_align_gives_the_placement_of_a_plan():
-    rng = np.random.default_rng(7)
-    before, wanted = scrambled(rng, 1, 5, 4, 15), scrambled(rng, 1, 5, 4, 15)
-    assert (align(before[0], wanted[0]) == make_plan(before, wanted).placement[0]).all()
 
 
 def test_a_cycle_through_full_ranks_takes_one_round():
