@@ -175,6 +175,20 @@ def test_rounds_of_a_dead_planner_that_were_not_started_are_dropped(cluster):
     assert status[Field.COMMITTED_ROUND] == 1
 
 
+def test_what_a_planner_writes_after_its_successor_took_over_changes_nothing_that_is_told(cluster):
+    group = cluster()
+    for rank in group.ranks:
+        rank.segment.plans.take_over(GENERATION + 1)
+    group.send(group.record(SWAP, generation=GENERATION + 1))
+    group.tick_until(lambda: group.ranks[0].loader.epoch == 1)
+    group.send(group.record(SWAP))
+    group.tick(10)
+    for rank in group.ranks:
+        status = rank.segment.status
+        assert (status[Field.GENERATION], status[Field.COMMITTED_ROUND]) == (GENERATION + 1, 1)
+        assert (status[Field.DROPPED_ROUND], status[Field.STALE]) == (0, 1)
+
+
 BAD = {
     "made for": lambda g: g.record(SWAP, slots=4),
     "expert 3 has no slot": lambda g: g.record(np.array([(1, 0, 0, 0, 1, 0)], MOVE)),
