@@ -131,6 +131,7 @@ def reaching(session: str) -> Iterator[None]:
     """End the command with 1 and the reason if the engine of `session` cannot be attached to."""
     from ..ipc.limits import LimitError
     from ..ipc.liveness import SegmentAbsentError, SegmentError
+    from ..ipc.session import engines
     from ..planners.group import RankMissingError
 
     try:
@@ -142,9 +143,11 @@ def reaching(session: str) -> Iterator[None]:
         typer.echo(f"eplb: the engine of session {session!r} is not complete: {error}", err=True)
         raise typer.Exit(1) from None
     except SegmentAbsentError as error:
+        others = engines()
+        meant = f"; engines run in {others}: is EPLB_SESSION another here?" if others else ""
         typer.echo(
             f"eplb: no engine in session {session!r}: {error}; it appears with its first request, "
-            "so send it one",
+            f"so send it one{meant}",
             err=True,
         )
         raise typer.Exit(1) from None

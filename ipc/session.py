@@ -101,6 +101,16 @@ def sessions() -> list[str]:
     return sorted({session_of(name) for name in _names()} - {""})
 
 
+def engines() -> str:
+    """Sessions of this user in which an engine lives, for a text; "" if there is none."""
+    living = []
+    for session in sessions():
+        with contextlib.suppress(SegmentError):
+            if owner_is_alive(rank_name(session, 0)):
+                living.append(repr(session))
+    return ", ".join(living)
+
+
 def _names() -> list[str]:
     """Everything in /dev/shm, as names are written here."""
     return sorted("/" + entry for entry in os.listdir("/dev/shm"))

@@ -24,7 +24,7 @@ from ..ipc.limits import LimitError
 from ..ipc.liveness import SegmentAbsentError, SegmentError, SegmentInUseError
 from ..ipc.names import bell_name, planner_name
 from ..ipc.segment import Segment, take_name
-from ..ipc.session import remove_dead, session_lock
+from ..ipc.session import engines, remove_dead, session_lock
 from .engine_loop import EngineLoop, Pace
 from .expert_map import ExpertMap, SavedPlacement
 from .group import Group, RankMissingError
@@ -194,9 +194,10 @@ class Planner:
         """What to look at when an engine is long in coming."""
         log.warning(
             "still no engine in session %r: it appears with its first request, has it had one? If "
-            "so, does vLLM run with --enable-eplb, EPLB_ENABLED=1 and this EPLB_SESSION? Does "
-            "VLLM_PLUGINS, if it is set, name flash_eplb?",
+            "so, does vLLM run with --enable-eplb, EPLB_ENABLED=1 and this EPLB_SESSION (engines "
+            "run in: %s)? Does VLLM_PLUGINS, if it is set, name flash_eplb?",
             self._session,
+            engines() or "none",
         )
 
     async def _serve(self, group: Group) -> None:

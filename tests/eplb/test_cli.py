@@ -237,7 +237,17 @@ def test_status_without_an_engine_is_one_sentence(session):
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"eplb: no engine in session {session!r}: ")
-    assert line.endswith("; it appears with its first request, so send it one")
+    assert "; it appears with its first request, so send it one" in line
+
+
+def test_status_names_the_sessions_that_have_an_engine(session):
+    shape = GroupShape((ModelShape("m", 1),), 4, 2, 3, (0, 1), (8,), 1, 8)
+    rank = RankSegment.create(session, shape, 0, 1)
+    rank.publish()
+    alive = eplb("status", "--session", f"{session}-x").stderr
+    rank.close()
+    assert re.search(rf"engines run in .*{session!r}.*: is EPLB_SESSION another here\?$", alive)
+    assert repr(session) not in eplb("status", "--session", f"{session}-x").stderr
 
 
 def test_status_shows_each_rank(session):

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import os
+import re
 import resource
 import sys
 import threading
@@ -250,11 +251,11 @@ def test_rounds_do_without_the_rows_that_hang_on_a_rank(session, engine, caplog)
     assert caplog.text.count("staging rows are all left to transfers that hang") == 1
 
 
-def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypatch):
+def test_it_says_what_to_look_at_when_no_engine_comes(session, engine, caplog, monkeypatch):
     monkeypatch.setattr("flash_eplb.planners.planner._LOOK_FOR_ENGINE", 0.001)
 
     async def scenario():
-        async with planning(session):
+        async with planning(f"{session}-x"):
             while "VLLM_PLUGINS" not in caplog.text:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
@@ -263,6 +264,7 @@ def test_it_says_what_to_look_at_when_no_engine_comes(session, caplog, monkeypat
         run(scenario())
     assert caplog.text.count("still no engine") == 1
     assert "it appears with its first request, has it had one? If so, does vLLM" in caplog.text
+    assert re.search(rf"engines run in: .*{session!r}", caplog.text)
 
 
 class Hanging:
