@@ -136,13 +136,14 @@ def _recorded_shape(context: typer.Context, path: str) -> tuple[int, int]:
 
 
 def _say_undone(folder: str) -> None:
-    """Say once what planners could not read or write of what the settings of their files ask for;
-    each that a fault makes begin anew says it again."""
+    """Say once what planners could not read or write of what the settings of their files ask for,
+    and how their policy failed; each that a fault makes begin anew says it again."""
     said: dict[str, None] = {}
+    told = r".* ERROR .*( EPLB_(RECORD|(SAVE|INITIAL)_PLACEMENT)=|\bthe policy )"
     for path in sorted(Path(folder).glob("planner_process-*.log")):
-        for line in path.read_text(errors="replace").splitlines():
-            if re.search(" ERROR .* EPLB_(RECORD|(SAVE|INITIAL)_PLACEMENT)=", line):
-                said[line.partition("] ")[2]] = None
+        for entry in re.split(r"^(?=\d{4}-)", path.read_text(errors="replace"), flags=re.M):
+            if re.match(told, entry):
+                said[entry.partition("] ")[2].rstrip()] = None
     for text in said:
         typer.echo(f"eplb: {text}", err=True)
 

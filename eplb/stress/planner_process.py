@@ -9,6 +9,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import typer
+
 from ...planners.recorder import NoRecorder, recorder_of
 from ..choice import load
 from ..cli import run_planner
@@ -88,7 +90,10 @@ def main() -> None:
     record = recorder_of(
         config.record, config.record_mb, config.session, config.model_dump(mode="json")
     )
-    run_planner(config, lambda shape: Tap(figures, record(shape)), exit_with_engine=False)
+    try:
+        run_planner(config, lambda shape: Tap(figures, record(shape)), exit_with_engine=False)
+    except typer.Exit as ended:  # it has said why
+        sys.exit(ended.exit_code)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,38 @@ def test_a_map_of_another_shape_is_said_once(stress, tmp_path):
     assert "and this engine has 3 layers, 64 experts on 4 ranks x 18 slots" in complaints
 
 
+@pytest.mark.parametrize(
+    ("code", "end", "words"),
+    [
+        (
+            "class Mine:\n"
+            "    def __init__(self, ranks, slots, near): pass\n"
+            "    def plan(self, heat, placement): raise ValueError('too warm')",
+            0,
+            r"eplb: the policy failed; .*\nTraceback (.|\n)*\nValueError: too warm\n",
+        ),
+        (
+            "class Mine:\n"
+            "    def __init__(self, ranks): pass\n"
+            "    def plan(self, heat, placement): pass",
+            1,
+            r"eplb: what the processes said is in .*\n",
+        ),
+    ],
+)
+def test_how_a_policy_of_one_s_own_failed_is_said(stress, tmp_path, code, end, words):
+    (tmp_path / "mine.py").write_text(code)
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[flash_eplb.policies]\nmine = mine:Mine\n")
+    found, out, complaints = stress("--steps", 200, EPLB_POLICY="mine")
+    assert found == end, out
+    assert re.fullmatch(words, complaints)
+    said = "EPLB_POLICY='mine' cannot be made for 4 ranks x 18 slots: TypeError: "
+    assert (said in re.sub(r"[│\s]+", " ", out)) == bool(end)
+
+
 def test_recorded_heat_is_replayed(stress, tmp_path):
     path = tmp_path / "heat.npy"
     random = np.random.default_rng(3)
