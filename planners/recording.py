@@ -88,7 +88,8 @@ class Recording:
         if not self._files:
             raise RecordingError(
                 f"{folder} is no recording: no chunk (000001.npz, ...) is in it; "
-                "set EPLB_RECORD to it in the planner"
+                "set EPLB_RECORD to it in the planner, and wait up to 30 seconds from the first "
+                "step for the first one"
             )
         headers = [read_header(path) for path in self._files]
         self.header: dict[str, Any] = headers[-1]

@@ -241,7 +241,7 @@ def test_a_disk_that_fails_is_said_whatever_the_folder_is_called(folder, monkeyp
 def test_a_folder_that_is_no_recording_is_said(tmp_path):
     assert refusal(tmp_path) == (
         f"{tmp_path} is no recording: no chunk (000001.npz, ...) is in it; set EPLB_RECORD to it "
-        "in the planner"
+        "in the planner, and wait up to 30 seconds from the first step for the first one"
     )
     with pytest.raises(RecordingError, match="is no folder; give the one of EPLB_RECORD"):
         Recording(tmp_path / "nothing")
