@@ -201,7 +201,7 @@ def _interrupt(progress: Progress) -> None:
     """Stop once, whatever the signal; a second one does not disturb the cleaning up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    progress.say("interrupted; stopping vLLM")
+    progress.say("interrupted")
     raise KeyboardInterrupt
 
 
@@ -231,9 +231,12 @@ def run(folder: str, record: str = "") -> int:
     try:
         reference = _reference(model, work, logs, progress)
         passes = _balanced(model, work, logs, progress, outcome, record)
-    except (ServerError, OSError, KeyboardInterrupt) as error:
-        progress.say(f"FAILED: {error}" if str(error) else "everything was stopped")
+    except (ServerError, OSError) as error:
+        progress.say(f"FAILED: {error}")
         return 1
+    except KeyboardInterrupt:
+        progress.say("everything was stopped")
+        return 130
     for answers in passes:
         differing, compared = differences(reference, answers)
         outcome.differing += differing

@@ -129,6 +129,17 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_written_anew(monkeypatc
     assert os.stat(written / "config.json").st_mtime_ns == before
 
 
+def test_ctrl_c_is_no_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo, "write_checkpoint", lambda path: path)
+    monkeypatch.setattr(cli, "compile_kernels", lambda: None)
+    monkeypatch.setattr(demo, "TinyMoE", dict)
+    monkeypatch.setattr(demo, "batches", lambda *_: [])
+    monkeypatch.setattr(demo, "_reference", lambda *_: demo._interrupt(demo.Progress()))
+    assert demo.run(str(tmp_path)) == 130
+    assert "FAILED" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("is_folder", [True, False])
 def test_what_stands_in_the_checkpoint_s_place_is_left_alone(is_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
