@@ -115,7 +115,7 @@ class Config(BaseSettings):
     )
     log_level: str = Field(
         "INFO",
-        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        pattern="^(?i:DEBUG|INFO|WARNING|ERROR)$",
         description="DEBUG, INFO, WARNING or ERROR",
     )
 
@@ -135,10 +135,10 @@ class Config(BaseSettings):
     def _session(cls, value: str) -> str:
         return check_session(value)
 
-    @field_validator("log_level", mode="before")
+    @field_validator("log_level")
     @classmethod
-    def _upper(cls, value: Any) -> Any:
-        return value.upper() if isinstance(value, str) else value
+    def _upper(cls, value: str) -> str:
+        return value.upper()
 
 
 def load_config(**overrides: Any) -> Config:
