@@ -47,7 +47,7 @@ CHUNK_BYTES = 32 << 20
 
 CHUNK_STEPS = 4096
 CHUNK_SECONDS = 30.0
-_MOST_WAITING = 4  # chunks; a disk that is slower than the heat loses whole chunks, counted
+_MOST_WAITING = 4  # chunks beside those that come at once; a disk slower than the heat loses some
 _CLOSE_SECONDS = 10.0
 _EPOCHS_KEPT = 256
 
@@ -125,6 +125,7 @@ class Recorder(NoRecorder):
             JSON takes it.
         most_bytes: of all chunks together; the oldest are removed.
         on_stop: told when no more can be recorded.
+        at_once: steps that may come at once and are no sign of a slow disk: those of full rings.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Recorder(NoRecorder):
         header: dict[str, Any],
         most_bytes: int,
         on_stop: OnStop = planning_goes_on,
+        at_once: int = 0,
     ):
         self._on_stop = on_stop
         self._folder = Path(folder)
@@ -152,7 +154,8 @@ class Recorder(NoRecorder):
         self._lost = 0
         self._said_slow = False
         self._filling = _Filling(time.monotonic())
-        self._waiting: queue.Queue[_Filling | None] = queue.Queue(_MOST_WAITING)
+        most = _MOST_WAITING + at_once // self._steps
+        self._waiting: queue.Queue[_Filling | None] = queue.Queue(most)
         self._failed = False
         self._thread = threading.Thread(target=self._write_all, name="eplb-record", daemon=True)
         try:
@@ -376,6 +379,6 @@ def recorder_of(
             "row_bytes": list(shape.row_bytes),
             "settings": settings,
         }
-        return Recorder(folder, header, most_mb << 20, on_stop)
+        return Recorder(folder, header, most_mb << 20, on_stop, shape.ring_slots)
 
     return make

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from fake_engine import FakeEngine
 from planner_runs import PACE, SKEWED, run, until
 from recordings import stopped
 
+from flash_eplb.planners import recorder
 from flash_eplb.planners.flashlb import FlashLB
+from flash_eplb.planners.follower import Follower
+from flash_eplb.planners.group import Group
 from flash_eplb.planners.planner import Planner
 from flash_eplb.planners.recorder import NoRecorder, recorder_of
 from flash_eplb.planners.recording import Recording
@@ -101,6 +105,30 @@ def test_planning_goes_on_where_no_thread_can_be_started_to_record(session, tmp_
 
 def test_nothing_is_recorded_unless_it_is_asked_for():
     assert type(recorder_of("", 10, "s", {})(None)) is NoRecorder
+
+
+def test_full_rings_that_are_read_at_once_are_recorded_whole(
+    session, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(recorder, "CHUNK_STEPS", 10)
+    write = recorder.write_chunk
+
+    def slow(path, arrays):
+        time.sleep(0.02)
+        write(path, arrays)
+
+    monkeypatch.setattr(recorder, "write_chunk", slow)
+    engine = FakeEngine(session, ring=128)
+    for _ in range(128):
+        engine.step(SKEWED)
+    group = Group.attach(session, writable=False)
+    made = recorder_of(str(tmp_path), 1, session, {})(group.shape)
+    Follower(group, made).look()
+    made.close()
+    group.close()
+    engine.close()
+    assert len(list(Recording(tmp_path).steps())) == 128
+    assert not caplog.records
 
 
 class Turned:
