@@ -28,6 +28,7 @@ from .step_heat import StepHeat
 log = logging.getLogger("flash_eplb.planner")
 
 _QUIET_SECONDS = 60.0
+_TOLD = 4  # plans given up in a row that are all told of; then those that double their number
 _NO_THREAD = (
     "nothing is planned until a thread can be started (%s): raise `ulimit -u`, or the limit of "
     "processes of the container"
@@ -101,6 +102,7 @@ class EngineLoop:
         self._hangs_at = math.inf
         self._planned_from = -1
         self._plans = 0
+        self._given_up = 0  # since the last one that was committed
         self._sequence = 1
         self._next_plan = pace.min_episodes
         self._epoch = -1
@@ -283,7 +285,8 @@ class EngineLoop:
             )
         else:
             why = f"to {self._initial.name}"
-        log.info(
+        log.log(
+            self._level(logging.INFO),
             "plan %d: %d of %d layers%s, %d moves in %d rounds; %s",
             self._plans,
             len(picked),
@@ -308,6 +311,26 @@ class EngineLoop:
             log.info("PAR %.3f: no layer is worth a move", self._observed_par())
             self._quiet_until = now + _QUIET_SECONDS
 
+    def _say_given_up(self, reason: str) -> None:
+        """Where plans are given up for ever, less and less often, and that nothing is balanced."""
+        level = self._level(logging.WARNING)
+        log.log(level, "plan %d given up: %s", self._plans, reason)
+        self._given_up += 1
+        if self._given_up >= _TOLD:
+            log.log(
+                level,
+                "the last %d plans were all given up, so the planner runs and balances nothing, or "
+                "little; this is said again when there are %d",
+                self._given_up,
+                2 * self._given_up,
+            )
+
+    def _level(self, level: int) -> int:
+        """`level` for the plan under way, if it is told of should it be given up like the last."""
+        number = self._given_up + 1
+        is_told = number <= _TOLD or number & (number - 1) == 0
+        return level if is_told else logging.DEBUG
+
     def _follow_delivery(self, delivery: Delivery) -> None:
         progress = delivery.advance()
         for epoch, placement in delivery.placements():
@@ -316,8 +339,9 @@ class EngineLoop:
             return
         if progress is Progress.DONE:
             log.info("plan %d committed", self._plans)
+            self._given_up = 0
         else:
-            log.warning("plan %d given up: %s", self._plans, delivery.reason)
+            self._say_given_up(delivery.reason)
             self._guard.forget()
         self._recorder.ended(self._plans, progress is Progress.DONE)
         if self._initial.wanted is not None:

@@ -109,6 +109,31 @@ def test_a_refused_plan_is_given_up_and_a_later_one_sent(session, engine, caplog
         run(scenario())
 
 
+def test_an_engine_that_refuses_every_plan_is_spoken_of_less_and_less_often(
+    session, engine, caplog
+):
+    async def scenario():
+        async with planning(session):
+            engine.refuse = True
+            await until(engine, lambda: "the last 8 plans" in caplog.text)
+            engine.refuse = False
+            await until(engine, lambda: engine.epoch >= 1)
+            await until(engine, lambda: " committed" in caplog.text)
+
+    with caplog.at_level(logging.INFO, "flash_eplb.planner"):
+        run(scenario())
+    given_up = [text for text in caplog.messages if "given up: a rank refused" in text]
+    assert [text.split()[1] for text in given_up] == ["1", "2", "3", "4", "8"]
+    sent = [text for text in caplog.messages if "moves in" in text]
+    assert [text.split()[1] for text in sent][:5] == ["1:", "2:", "3:", "4:", "8:"]
+    said = [text for text in caplog.messages if "the last" in text]
+    assert said[0] == (
+        "the last 4 plans were all given up, so the planner runs and balances nothing, or little; "
+        "this is said again when there are 8"
+    )
+    assert len(said) == 2
+
+
 def test_a_policy_that_fails_costs_only_its_plan(session, engine, caplog):
     class Failing(FlashLB):
         calls = 0
