@@ -56,7 +56,7 @@ class FlashState:
     is_writing = False
     batch: Any = None
     in_dummy = warming = False
-    _agreed = False
+    _agreed = _waits = False
     _configs: tuple[Any, ...] = ()
     """Of the registered models; drafters register before the main model."""
 
@@ -107,6 +107,13 @@ class FlashState:
         about those that they have."""
         if not balanced.is_any_writing(self, get_ep_group().cpu_group):
             self._make_worker(is_dummy)
+        elif not self._waits:
+            self._waits = True
+            log.warning(
+                "steps run while an update of the weights is open (start_weight_update) on some "
+                "EP rank: nothing is balanced, and `eplb status` finds no engine, until it has "
+                "ended (finish_weight_update) on all of them"
+            )
 
     def _make_worker(self, is_dummy: bool) -> None:
         states = list(self.model_states.values())

@@ -207,7 +207,7 @@ def test_what_the_models_support_is_asked_anew_after_updates(unmade):
     assert unsupported() == "w of MoE layer 0 would stay behind"
 
 
-def test_models_are_looked_at_when_no_rank_writes_their_weights(unmade, monkeypatch):
+def test_models_are_looked_at_when_no_rank_writes_their_weights(unmade, monkeypatch, caplog):
     """Before, a drafter's replicas may differ, which would leave it out for ever."""
     writing = ["weights are written"]
     monkeypatch.setattr(balanced, "agree", lambda group, reason: reason or writing[0])
@@ -216,6 +216,7 @@ def test_models_are_looked_at_when_no_rank_writes_their_weights(unmade, monkeypa
     unmade.is_writing, writing[0] = True, ""
     unmade.step()
     assert unmade.made == []
+    assert ["steps run while an update" in text for text in caplog.messages] == [True]
     unmade.is_writing = False
     unmade.step()
     assert len(unmade.made) == 1
