@@ -50,8 +50,9 @@ def reference_digests(found: np.ndarray, placement: np.ndarray, experts: int) ->
                 if reference[layer, expert] not in (-1, digest):
                     raise UnsupportedError(
                         f"layer {layer} expert {expert}: the replica on rank {rank} slot {slot} "
-                        "has other weights than the first (load_format=dummy makes such replicas; "
-                        "and of some models vLLM loads none: set num_redundant_experts=0)"
+                        "has other weights than the first (load_format=dummy makes such replicas: "
+                        "update the weights before the first request; and of some models vLLM "
+                        "loads none: set num_redundant_experts=0)"
                     )
                 reference[layer, expert] = digest
     return reference

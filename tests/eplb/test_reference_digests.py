@@ -38,4 +38,5 @@ def test_the_first_replica_that_differs_is_named(layer, rank, slot):
         f"layer {layer} expert {expert}: the replica on rank {rank} slot {slot} has other weights"
     )
     assert "load_format=dummy" in str(error.value)
+    assert "update the weights before the first request" in str(error.value)
     assert "set num_redundant_experts=0" in str(error.value)
