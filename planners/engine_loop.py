@@ -257,7 +257,7 @@ class EngineLoop:
             return
         plan, rounds = proposal
         if not plan:
-            self._say_quiet()
+            self._say_quiet(plan.why)
             return
         self._quiet_until = 0.0
         self._plans += 1
@@ -300,7 +300,7 @@ class EngineLoop:
     def _observed_par(self) -> float:
         return self._window.observed_par(self._pace.plan_interval)
 
-    def _say_quiet(self) -> None:
+    def _say_quiet(self, why: str) -> None:
         """That nothing is worth a move: after a plan, and once a minute from then on."""
         if self._initial.wanted is not None:
             log.info("the experts are where %s wants them", self._initial.name)
@@ -308,7 +308,8 @@ class EngineLoop:
             return
         now = time.monotonic()
         if now >= self._quiet_until:
-            log.info("PAR %.3f: no layer is worth a move", self._observed_par())
+            reason = f" ({why})" if why else ""
+            log.info("PAR %.3f: no layer is worth a move%s", self._observed_par(), reason)
             self._quiet_until = now + _QUIET_SECONDS
 
     def _say_given_up(self, reason: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +26,7 @@ from .offers import Finder, spread
 from .partway import Going, moves_between, part_of_the_way
 from .plan import Plan, align_all, make_plan, plan_between
 from .promises import Promises, hoped
+from .quiet import why_quiet
 from .search import Terms
 from .window import Offer, Window
 
@@ -194,17 +196,19 @@ class FlashLB:
         )
         if every_layer:
             self._going.forget()
-        going = self._still_going(window, before, due)
+        uneven, going = len(due), self._still_going(window, before, due)
         due = np.array([layer for layer in due.tolist() if layer not in self._going], np.int64)
-        offers = self._finder.offers(window, before, due, terms)
+        offers = winning = self._finder.offers(window, before, due, terms)
         if not every_layer:
-            offers = [offer for offer in offers if offer.gain >= self.min_gain]
-            offers = self._confirmation.confirmed(window, offers, terms)
-        offers = sorted([*going, *offers], key=self._rank)
+            winning = [offer for offer in offers if offer.gain >= self.min_gain]
+            offers = self._confirmation.confirmed(window, winning, terms)
+        winning, offers = [*going, *winning], sorted([*going, *offers], key=self._rank)
         taken = {offer.layer: offer for offer in self._fitting(window, before, offers, terms, room)}
         self._promises.remember(offers, taken, every_layer)
         self._going.remember(offers, taken)
-        return self._plan(window, shown, before, taken, rerouted)
+        plan = self._plan(window, shown, before, taken, rerouted)
+        why = why_quiet(len(today), uneven, len(winning), len(offers), self.min_gain)
+        return plan if plan else replace(plan, why=why if room else "no move is allowed")
 
     def forget(self) -> None:
         """The last plan was not carried out: the layers that it changes may be anywhere."""

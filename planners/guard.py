@@ -142,9 +142,9 @@ def checked_plan(
 def _copied(found: Plan) -> Plan:
     """A plain plan of what stands in `found`, unchecked, as arrays of our own."""
     values = {field.name: getattr(found, field.name) for field in fields(Plan)}
-    near = values.pop("ranks_per_node")
+    near, why = values.pop("ranks_per_node"), values.pop("why")
     arrays = {name: np.array(value, order="C") for name, value in values.items()}
-    return Plan(**arrays, ranks_per_node=near)
+    return Plan(**arrays, ranks_per_node=near, why=why if type(why) is str else "")
 
 
 def _is_sound(found: Plan, made: Plan) -> bool:

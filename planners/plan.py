@@ -55,6 +55,7 @@ class Plan:
         ranks_per_node: consecutive ranks that share a node, from which sources are taken first;
             None if distance is of no matter.
         rerouted: int32[n], ascending: layers in which no expert moves and that get `columns`.
+        why: of a plan that changes nothing, the reason, for a log; "" if the policy tells none.
     """
 
     before: np.ndarray
@@ -65,6 +66,7 @@ class Plan:
     columns: np.ndarray
     ranks_per_node: int | None = None
     rerouted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    why: str = ""
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
