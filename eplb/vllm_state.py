@@ -225,7 +225,7 @@ def install(config: Config, is_ascend: bool = False) -> None:
     Raises:
         RuntimeError: this vLLM's `EplbState` is not the one we know; upstream stays in charge.
     """
-    _warn_of_what_does_nothing()
+    _warn_of_what_does_nothing(config)
     missing = [
         name
         for name in ("add_model", "prepare_forward", "step", "rearrange")
@@ -270,15 +270,19 @@ def install(config: Config, is_ascend: bool = False) -> None:
     EplbState.__new__ = staticmethod(new)  # type: ignore[assignment]
 
 
-def _warn_of_what_does_nothing() -> None:
+def _warn_of_what_does_nothing(config: Config) -> None:
     """Say so where vLLM is started without --enable-eplb, where we do nothing, or is to log what
-    only its own step logs."""
+    only its own step logs; and why its CPU build is about to refuse."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current_platform.device_type == "cpu" and self.enable_eplb and not config.cpu_patches:
+            log.warning(
+                "vLLM's CPU build refuses --enable-eplb without our patches: set EPLB_CPU_PATCHES=1"
+            )
         made = original(self, *args, **kwargs)
         if made.parallel_config.enable_eplb:
             theirs = getattr(made.parallel_config, "eplb_config", None)

@@ -291,7 +291,7 @@ def test_weights_that_others_map_are_not_moved_by_us_nor_by_upstream(vllm, monke
     monkeypatch.setattr(vllm.state, "EplbState", base)
     monkeypatch.setattr(vllm.state, "_reason", lambda *arguments: "")
     monkeypatch.setattr(vllm.state, "lent_weights", lambda vllm_config: "load_format=ipc_cache")
-    monkeypatch.setattr(vllm.state, "_warn_of_what_does_nothing", lambda: None)
+    monkeypatch.setattr(vllm.state, "_warn_of_what_does_nothing", lambda _: None)
     monkeypatch.setattr(vllm.state.balanced, "_balanced", [])
     vllm.state.install(None)
     made = base.__new__(base)

@@ -17,20 +17,24 @@ def hooks(checkpoint):
 
     @functools.cache
     def run(**settings):
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "hooks.py"), str(checkpoint)],
-            env=environment(**settings),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        done = start(checkpoint, environment(**settings))
         assert done.returncode == 0, done.stderr[-3000:]
         line = next(line for line in done.stdout.splitlines() if line.startswith("MADE "))
         return json.loads(line[5:]), done.stdout + done.stderr
 
     return run
+
+
+def start(checkpoint, variables):
+    return subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "hooks.py"), str(checkpoint)],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
 
 
 def test_without_us_vllm_s_own_state_is_made(hooks):
@@ -52,3 +56,11 @@ def test_a_setting_of_vllm_s_that_logs_nothing_any_more_is_named(hooks):
     made, log = hooks(enabled=1)
     assert made["logs"] == "FlashEplbState"
     assert log.count("log_balancedness of --eplb-config logs nothing where flash_eplb") == 1
+
+
+def test_where_vllm_s_cpu_build_refuses_the_remedy_stands_before_its_error(checkpoint):
+    done = start(checkpoint, environment(enabled=1, cpu_patches=0))
+    assert done.returncode
+    told, theirs, _ = (done.stdout + done.stderr).partition("Traceback")
+    assert theirs
+    assert "CPU build refuses --enable-eplb without our patches: set EPLB_CPU_PATCHES=1" in told
