@@ -86,11 +86,8 @@ def check_shape(shape: GroupShape) -> None:
     layers, experts, ranks, slots = shape.layers, shape.experts, shape.ranks, shape.slots
     if len(shape.row_bytes) != layers:
         raise ShapeError(f"row_bytes has {len(shape.row_bytes)} entries for {layers} layers")
-    if not slots <= experts <= shape.columns:
-        raise ShapeError(
-            f"{experts} experts on {ranks} ranks x {slots} slots: every expert needs a slot, and "
-            "no rank holds one twice"
-        )
+    if text := why_no_placement(experts, ranks, slots):
+        raise ShapeError(text)
     if layers * shape.columns > MOST_CELLS:
         raise ShapeError(
             f"{layers} layers x {ranks} ranks x {slots} slots are more than {MOST_CELLS}"
@@ -100,3 +97,13 @@ def check_shape(shape: GroupShape) -> None:
         raise ShapeError(f"counting names rank {absent[0]}; ranks are 0..{ranks - 1}")
     if len(set(shape.counting)) < len(shape.counting):
         raise ShapeError("counting names a rank twice")
+
+
+def why_no_placement(experts: int, ranks: int, slots: int) -> str:
+    """Why so many experts cannot be on so many slots, and how many slots can hold them; or ""."""
+    if slots <= experts <= ranks * slots:
+        return ""
+    return (
+        f"{experts} experts on {ranks} ranks x {slots} slots: every expert needs a slot, and no "
+        f"rank holds one twice; that takes {-(-experts // ranks)} to {experts} slots per rank"
+    )

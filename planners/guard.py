@@ -120,9 +120,10 @@ def checked_plan(
     given = _copied(found) if isinstance(found, Plan) else None
     wanted = np.asarray(found) if given is None else given.placement
     if wanted.dtype.kind not in "iu":
+        kind = f"of type {type(found).__name__} and holds {wanted.dtype}"
         raise ValueError(
-            f"it is of type {type(found).__name__} and holds {wanted.dtype}; it must be a Plan or "
-            "an int array [layers, ranks, slots]"
+            f"it is {'None' if found is None else kind}; it must be a Plan or an int array "
+            "[layers, ranks, slots]"
         )
     if wanted.shape != placement.shape:
         raise ValueError(

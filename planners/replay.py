@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from ..ipc.shape import why_no_placement
 from .engine_loop import Pace
 from .episodes import EpisodeWindow
 from .guard import Guard
@@ -209,11 +210,8 @@ def linear_placement(layers: int, experts: int, ranks: int, slots: int) -> np.nd
     Raises:
         ValueError: so many experts do not fit on so many slots.
     """
-    if not slots <= experts <= ranks * slots:
-        raise ValueError(
-            f"{experts} experts on {ranks} ranks x {slots} slots: every expert needs a slot, and "
-            "no rank holds one twice"
-        )
+    if text := why_no_placement(experts, ranks, slots):
+        raise ValueError(text)
     flat = np.arange(ranks * slots, dtype=np.int32) % experts
     return np.tile(flat, (layers, 1)).reshape(layers, ranks, slots)
 

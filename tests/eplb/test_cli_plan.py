@@ -320,7 +320,7 @@ def test_one_episode_has_nothing_to_hold_out(heat, environment):
         (
             ["--ranks", "2", "--slots-per-rank", "2"],
             "16 experts on 2 ranks x 2 slots: every expert needs a slot, and no rank holds one "
-            "twice",
+            "twice; that takes 8 to 16 slots per rank",
         ),
         (
             [*SHAPE, "-o", "/nowhere/x"],

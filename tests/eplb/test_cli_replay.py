@@ -203,7 +203,7 @@ def test_a_recording_is_replayed_from_its_first_placement(tmp_path, environment)
         (
             ["--ranks", "2", "--slots-per-rank", "2"],
             "16 experts on 2 ranks x 2 slots: every expert needs a slot, and no rank holds one "
-            "twice",
+            "twice; that takes 8 to 16 slots per rank",
         ),
         (
             [*SHAPE, "--json", "/nowhere/x"],

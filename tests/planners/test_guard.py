@@ -155,7 +155,7 @@ def test_of_a_plan_with_another_fault_only_the_placement_counts(change):
 
 
 BAD = {
-    "it is of type NoneType and holds object; it must be a Plan or an int array": None,
+    "it is None; it must be a Plan or an int array": None,
     "it is of type ndarray and holds float64; it must be a Plan or an int array": BEFORE * 1.0,
     "its placement has shape (2, 3); it must be (2, 2, 3), [layers, ranks, slots]": BEFORE[0],
     "layer 1: rank 0 slot 2 holds expert 6; experts are 0..5": np.add(BEFORE, [[[0]], [[4]]]),
