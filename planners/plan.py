@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..ipc.placement import MOVE, PlacementError, check_placement
-from .check import whole
+from .check import optional, whole
 from .rounds import schedule, spread_sources
 from .slots import align_layers
 
@@ -85,9 +85,8 @@ class Plan:
             for layer in self.layers
         ]
         writes = np.concatenate([np.empty((0, 3), np.int64), *changed])
-        ranks = self.before.shape[1]
-        near = self.ranks_per_node or ranks
-        return _moves(self.before, self.placement, writes, near, np.zeros(ranks, np.int64))
+        sent = np.zeros(self.before.shape[1], np.int64)
+        return _moves(self.before, self.placement, writes, self._near, sent)
 
     def rounds(self, rows: int) -> list[PlannedRound]:
         """Cut the plan into rounds that write at most `rows` slots on any rank.
@@ -104,27 +103,31 @@ class Plan:
         Raises:
             ValueError: `rows` is not a whole number of at least 1.
         """
-        rows = whole("rows", rows, 1)
-        ranks = self.before.shape[1]
-        near = self.ranks_per_node or ranks
+        rows = min(whole("rows", rows, 1), self.before.size)
         round_of = schedule(self.before, self.placement, self.layers, rows)
         writes = np.argwhere(round_of >= 0)
         turns = round_of[tuple(writes.T)]
         writes = writes[np.argsort(turns, kind="stable")]
         sizes = np.bincount(turns)
-        sent = np.zeros(ranks, np.int64)
+        sent = np.zeros(self.before.shape[1], np.int64)
         current = self.before
         rounds = []
         if len(self.rerouted):
             columns = self.columns[self.rerouted]
             rounds.append(PlannedRound(np.empty(0, MOVE), current, columns, self.rerouted))
         for chunk in np.split(writes, np.cumsum(sizes)[:-1]) if len(writes) else []:
-            moves = _moves(current, self.placement, chunk, near, sent)
+            moves = _moves(current, self.placement, chunk, self._near, sent)
             current = current.copy()
             current[tuple(chunk.T)] = moves["expert"]
             columns = self._columns_under(current, np.unique(moves["layer"]))
             rounds.append(PlannedRound(moves, current, columns))
         return rounds
+
+    @property
+    def _near(self) -> int:
+        """Consecutive ranks that share a node: all of them if distance is of no matter."""
+        ranks = self.before.shape[1]
+        return min(self.ranks_per_node or ranks, ranks)
 
     def _columns_under(self, placement: np.ndarray, layers: np.ndarray) -> np.ndarray | None:
         """Columns of `layers` under a placement on the way to the plan's; None if all are 1."""
@@ -158,7 +161,7 @@ def make_plan(
         ranks_per_node: consecutive ranks that share a node; None if distance is of no matter.
 
     Raises:
-        ValueError: the shapes differ, or `ranks_per_node` is below 1.
+        ValueError: the shapes differ, or `ranks_per_node` is no whole number of at least 1.
         PlacementError: `before` or `wanted` is not valid.
     """
     before, wanted = np.asarray(before), np.asarray(wanted)
@@ -177,10 +180,9 @@ def make_plan(
     for name, value in zip(("par_before", "par_after"), pars, strict=True):
         if value.shape != before.shape[:1]:
             raise ValueError(f"{name} has shape {value.shape}; it must be {before.shape[:1]}")
-    if ranks_per_node is not None and ranks_per_node < 1:
-        raise ValueError(f"ranks_per_node is {ranks_per_node}; it must be at least 1")
+    near = optional("ranks_per_node", ranks_per_node, 1)
     columns = np.ones(before.shape, np.int16)
-    return plan_between(before, placement, pars[0], pars[1], columns, ranks_per_node)
+    return plan_between(before, placement, pars[0], pars[1], columns, near)
 
 
 def plan_between(

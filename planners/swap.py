@@ -73,7 +73,9 @@ class Swap:
         placement = checked_placement(placement, heat, self.ranks, self.slots_per_rank)
         heat = shares(heat)
         before = episode_par(heat, placement).mean(axis=0)
-        room = placement.size if self.max_moves is None else self.max_moves
+        room = placement.size
+        if self.max_moves is not None:
+            room = min(room, self.max_moves)
         due = np.flatnonzero(before > 1.0 + self.min_excess)
         paths = [_Path(heat[:, layer], placement[layer], room) for layer in due]
         _go(paths, room)

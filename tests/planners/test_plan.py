@@ -206,10 +206,21 @@ def test_rows_that_numpy_counted_compile_nothing_new():
     assert len(schedule.signatures) == known
 
 
-def test_nodes_without_ranks_are_refused():
+def test_rows_and_nodes_beyond_all_there_are_are_no_limit():
+    before = np.array([[[0, 1], [2, 0]]] * 2)
+    plan, near = (
+        make_plan(before, before[:, ::-1], ranks_per_node=most) for most in (None, 10**30)
+    )
+    assert len(near.rounds(10**30)) == 1
+    assert (near.moves == plan.moves).all()
+    assert (near.rounds(10**30)[0].moves == plan.rounds(4)[0].moves).all()
+
+
+@pytest.mark.parametrize("near", [0, 1.5, "2", True])
+def test_nodes_of_no_whole_number_of_ranks_are_refused(near):
     before = np.array([[[0], [1]]])
-    with pytest.raises(ValueError, match="ranks_per_node is 0; it must be at least 1"):
-        make_plan(before, before, ranks_per_node=0)
+    with pytest.raises(ValueError, match=re.escape(f"ranks_per_node is {near!r}; it must be a")):
+        make_plan(before, before, ranks_per_node=near)
 
 
 def test_routing_is_uniform_unless_it_is_planned():

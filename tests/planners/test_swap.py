@@ -55,9 +55,9 @@ def test_the_layers_that_win_most_per_move_get_the_moves():
     placement = np.array([[[0, 1], [2, 3]]] * 3)
     layers = [
         Swap(2, 2, max_moves=moves).plan(heat, placement).layers.tolist()
-        for moves in (0, 2, 3, 4, 5, 6, 7)
+        for moves in (0, 2, 3, 4, 5, 6, 7, 10**30)
     ]
-    assert layers == [[], [1], [1], [1, 2], [1, 2], [1, 2, 0], [1, 2, 0]]
+    assert layers == [[], [1], [1], [1, 2], [1, 2], [1, 2, 0], [1, 2, 0], [1, 2, 0]]
 
 
 def test_a_layer_takes_as_many_exchanges_as_there_is_room():
