@@ -126,9 +126,12 @@ def even_columns(placement, counts, columns):
 def _divide(layer, columns, totals, least):
     """Move columns from replica to replica while that wins something; loads are by them then."""
     _share_loads(layer, columns, totals)
+    replicas = np.argsort(layer.placement.ravel(), kind="mergesort")  # slots, expert after expert
+    first = np.zeros(len(layer.counts) + 1, np.int64)  # where each expert begins
+    first[1:] = layer.counts.cumsum()
     for _ in range(ROUNDS):
-        _move_columns(layer, columns, totals, least)
-        if not _even_out(layer, columns, totals):
+        _move_columns(layer, columns, totals, replicas, first, least)
+        if not _even_out(layer, columns, totals, replicas, first):
             break
     _share_loads(layer, columns, totals)
 
@@ -163,7 +166,7 @@ def _refine(layer, columns, totals, max_columns):
 
 
 @njit(**FAST)
-def _move_columns(layer, columns, totals, least):
+def _move_columns(layer, columns, totals, replicas, first, least):
     """Move columns away from the ranks that are the peak while that wins `least`."""
     placement = layer.placement
     ranks, slots = placement.shape
@@ -183,19 +186,19 @@ def _move_columns(layer, columns, totals, least):
             expert = placement[rank, slot]
             if layer.counts[expert] < 2:
                 continue
-            for other in range(ranks):
+            if _most_gain(layer, expert, rank, columns[rank, slot] // 2 / totals[expert]) <= best:
+                continue
+            for replica in replicas[first[expert] : first[expert + 1]]:
+                other, other_slot = replica // slots, replica % slots
                 if other == rank:
                     continue
-                for other_slot in range(slots):
-                    if placement[other, other_slot] != expert:
-                        continue
-                    step = columns[rank, slot] // 2
-                    while step > 0:
-                        gain = _shift_gain(layer, expert, rank, other, step / totals[expert])
-                        if gain > best:
-                            best, from_slot, amount = gain, slot, step
-                            to, to_slot = other, other_slot
-                        step //= 2
+                step = columns[rank, slot] // 2
+                while step > 0:
+                    gain = _shift_gain(layer, expert, rank, other, step / totals[expert])
+                    if gain > best:
+                        best, from_slot, amount = gain, slot, step
+                        to, to_slot = other, other_slot
+                    step //= 2
         stuck[rank] = to < 0
         if to < 0:
             continue
@@ -205,7 +208,7 @@ def _move_columns(layer, columns, totals, least):
 
 
 @njit(**FAST)
-def _even_out(layer, columns, totals):
+def _even_out(layer, columns, totals, replicas, first):
     """Move columns between replicas to even out mean loads, the PAR being no worse; if any moved.
 
     Where many ranks are the peak together no single move of columns lowers it: these do.
@@ -224,11 +227,10 @@ def _even_out(layer, columns, totals):
             if layer.counts[expert] < 2:
                 continue
             to, to_slot = -1, -1
-            for other in range(ranks):
-                for other_slot in range(slots):
-                    least = load[rank] if to < 0 else load[to]
-                    if placement[other, other_slot] == expert and load[other] < least:
-                        to, to_slot = other, other_slot
+            for replica in replicas[first[expert] : first[expert + 1]]:
+                other = replica // slots
+                if load[other] < (load[rank] if to < 0 else load[to]):
+                    to, to_slot = other, replica % slots
             if to < 0:
                 continue
             column = layer.mean[expert] * episodes / totals[expert]
@@ -256,6 +258,17 @@ def _shift(layer, columns, expert, rank, slot, other, other_slot, amount, totals
         layer.loads[rank, t] -= shift
         layer.loads[other, t] += shift
     find_highest(layer)
+
+
+@njit(**FAST)
+def _most_gain(layer, expert, rank, share):
+    """What `_shift_gain` can be at most, whatever rank it goes to."""
+    most = np.float32(0)
+    for t in range(layer.heat.shape[1]):
+        if layer.at[0, t] == np.int32(rank):
+            margin = layer.top[0, t] - layer.top[1, t]
+            most += min(margin, layer.heat[expert, t] * np.float32(share))
+    return most
 
 
 @njit(**FAST)
