@@ -84,6 +84,10 @@ class Confirmation:
         ratios = _ratios(newer, found, columns)
         gains = _ratios(newer, window.today[layers], window.columns[layers]) - ratios
         error = gains.std(axis=0) / math.sqrt(len(gains))
+        if len(gains) == 1:  # has no spread: what it seemed to win beyond that stands for it
+            older = window.tokens[:half, layers]
+            seemed = _ratios(older, window.today[layers], window.columns[layers])
+            error = np.abs(seemed - _ratios(older, found, columns) - gains)[0]
         doubt = np.minimum(DOUBT * error, np.maximum(error, 4 * self._min_gain))
         sure = gains.mean(axis=0) - doubt >= self._min_gain
         unseen = ratios.mean(axis=0)

@@ -223,6 +223,16 @@ def test_near_balanced_heat_gives_no_plan():
     assert not FlashLB(8, 8).plan(heat, placement)
 
 
+@pytest.mark.parametrize(("ranks", "slots", "tokens"), [(32, 8, 2000), (8, 8, 20_000)])
+def test_two_episodes_of_even_popularity_give_no_first_plan(ranks, slots, tokens):
+    experts, plans = ranks * slots, 0
+    even = np.full((1, experts), 1 / experts)
+    for seed in range(20):
+        heat = window(np.random.default_rng(seed), even, 2, tokens)
+        plans += bool(FlashLB(ranks, slots).plan(heat, initial(1, ranks, slots, experts)))
+    assert plans <= 2
+
+
 @pytest.mark.parametrize("episodes", [1, 2, 4])
 def test_a_plan_wins_at_least_min_gain(episodes):
     heat, placement = np.array([[uneven(2)]] * episodes), np.array([EVEN_SOON])
