@@ -241,7 +241,7 @@ class FlashLB:
         return Window(
             seen=tokens,
             tokens=expected,
-            noise=error * math.sqrt(self.ranks),
+            noise=error * math.sqrt(min(self.ranks, tokens.shape[2])),  # more ranks share experts
             past=past,
             worth=worth,
             alike=alike & ((error == 0) | (expected is tokens)),  # else it is in what is expected

@@ -67,6 +67,15 @@ def test_small_layers_are_planned_all_but_best():
     assert max(excess) < 0.02
 
 
+def test_few_experts_on_many_ranks_are_planned_from_few_tokens():
+    popularity, placement, reached = np.array([[0.46, 0.18, 0.18, 0.18]]), initial(1, 31, 2, 4), []
+    for seed in range(12):
+        heat = window(np.random.default_rng(seed), popularity, 64, 60)
+        reached.append(ratios(popularity[None], FlashLB(31, 2).plan(heat, placement).placement))
+    assert ratios(popularity[None], placement)[0] == pytest.approx(1.24)
+    assert np.mean(reached) < 1.05
+
+
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("skew", [0.8, 1.2])
 @pytest.mark.parametrize("shape", [(512, 512, 2), (256, 128, 3), (512, 256, 4), (384, 200, 3)])
