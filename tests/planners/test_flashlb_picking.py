@@ -196,14 +196,16 @@ def test_a_layer_planned_from_few_episodes_does_not_stay_far_from_what_a_whole_w
 
 
 def test_slow_drift_moves_few_slots():
-    rng = np.random.default_rng(5)
-    popularity = zipf(rng, 1, 256)
-    planner = FlashLB(32, 9)
-    placement = planner.plan(window(rng, popularity), initial(1, 32, 9, 256)).placement
-    shifted = popularity * np.exp(rng.normal(0, 0.3, popularity.shape))
-    again = planner.plan(window(rng, shifted / shifted.sum()), placement)
-    assert again
-    assert len(again.moves) < 0.3 * placement.size
+    moved = []
+    for seed in range(12):  # from 6% to 50%, 23% on average
+        rng = np.random.default_rng(seed)
+        popularity, planner = zipf(rng, 1, 256), FlashLB(32, 9)
+        placement = planner.plan(window(rng, popularity), initial(1, 32, 9, 256)).placement
+        shifted = popularity * np.exp(rng.normal(0, 0.3, popularity.shape))
+        again = planner.plan(window(rng, shifted / shifted.sum()), placement)
+        assert again
+        moved.append(len(again.moves) / placement.size)
+    assert np.mean(moved) < 0.3
 
 
 def test_a_layer_below_the_floor_is_left_alone():
