@@ -265,17 +265,24 @@ def swap(layer, rank, slot, other, other_slot):
         shift = heat[expert, t] * share - heat[other_expert, t] * other_share
         loads[rank, t] -= shift
         loads[other, t] += shift
-        changed += _is_touched(loads, top, at, t, mine, theirs)
-    if changed * SCALAR > heat.shape[1]:
-        find_highest(layer)
-        return
-    for t in range(heat.shape[1]):
-        if _is_touched(loads, top, at, t, mine, theirs):
-            highest_of(layer, t)
+        changed += is_touched(loads, top, at, t, mine, theirs)
+    find_touched(layer, mine, theirs, changed)
 
 
 @njit(**INLINE)
-def _is_touched(loads, top, at, t, rank, other):
+def find_touched(layer, rank, other, changed):
+    """The highest loads after two ranks have changed: of the `changed` episodes if they are few."""
+    loads, top, at = layer.loads, layer.top, layer.at
+    if changed * SCALAR > loads.shape[1]:
+        find_highest(layer)
+    else:
+        for t in range(loads.shape[1]):
+            if is_touched(loads, top, at, t, rank, other):
+                highest_of(layer, t)
+
+
+@njit(**INLINE)
+def is_touched(loads, top, at, t, rank, other):
     """Whether a change of two ranks' loads may have changed the three highest of episode `t`."""
     among = (at[0, t] == rank) | (at[1, t] == rank) | (at[2, t] == rank)
     among |= (at[0, t] == other) | (at[1, t] == other) | (at[2, t] == other)
