@@ -9,7 +9,6 @@ it, which copies them with all of them.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 
@@ -86,8 +85,8 @@ def _copy(pieces: np.ndarray) -> None:
 class Copies:
     """Tensors to be written and what goes there, one for one; they must not overlap.
 
-    Where somebody has given a tensor other memory meanwhile (`share_memory_`, `set_`, `data`),
-    addresses are gathered anew.
+    Where somebody has given a live tensor, or rows of the engine's buffer, other memory meanwhile
+    (`share_memory_`, `set_`, `data`), addresses are gathered anew.
 
     Args:
         live: the slots to be written, the engine's tables.
@@ -107,16 +106,22 @@ class Copies:
         self._gather()
 
     def _gather(self) -> None:
-        self._memory: dict[int, tuple[torch.UntypedStorage | torch.Tensor, int]] = {}
-        for tensor in itertools.chain(*self.pairs):
-            storage = tensor.untyped_storage()
-            if storage.nbytes() == tensor.nbytes:  # a tensor by itself may be given another storage
-                self._memory[id(tensor)] = tensor, tensor.data_ptr()
-            else:
-                self._memory[storage._cdata] = storage, storage.data_ptr()
         pieces = [_pieces(target, source) for target, source in self.pairs]
-        self._pieces = np.concatenate([np.empty((0, 3), np.int64), *(p for p in pieces if len(p))])
+        self._pieces = np.concatenate([np.empty((0, 3), np.int64), *pieces])
         self._rest = [pair for pair, p in zip(self.pairs, pieces, strict=True) if not len(p)]
+        self._memory: dict[int, tuple[torch.UntypedStorage | torch.Tensor, int]] = {}
+        for (target, source), piece in zip(self.pairs, pieces, strict=True):
+            if not len(piece):
+                continue
+            self._watch(target)
+            if not _is_by_itself(source):  # else nobody has it but us
+                self._watch(source)
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        """Keep the address of what holds the memory of `tensor`: looking at each takes time."""
+        memory = tensor if _is_by_itself(tensor) else tensor.untyped_storage()
+        key = id(tensor) if memory is tensor else memory._cdata
+        self._memory[key] = memory, memory.data_ptr()
 
     def run(self) -> None:
         """Write them all; on a device the copies are issued, in one call where it has it."""
@@ -134,6 +139,11 @@ class Copies:
         else:
             targets, sources = zip(*self._rest, strict=True)
             torch._foreach_copy_(targets, sources)
+
+
+def _is_by_itself(tensor: torch.Tensor) -> bool:
+    """Whether it is no part of other memory: then it may be given another storage."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _most_bytes() -> int:
