@@ -20,7 +20,7 @@ from flash_eplb.collectors.heat import HeatCollector
 from flash_eplb.device import Device, device_of
 from flash_eplb.ipc.heat_ring import HeatRing
 from flash_eplb.ipc.placement import MOVE
-from flash_eplb.loaders.copies import Copies, copy_rows
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.digest import digests, row_digest
 from flash_eplb.loaders.errand import Errand
 from flash_eplb.loaders.stager import Stager
@@ -233,7 +233,7 @@ def digest(sizes: Sizes, device: torch.device) -> Figures:
         return sizes.row / float(np.median(times)) / 1e6
 
     found = speed(lambda: row_digest(views))
-    copied = speed(lambda: copy_rows(copies, views))
+    copied = speed(lambda: Copies(copies, views).run())
     return {"digest_gb_s": found, "copy_gb_s": copied, "ratio": found / copied}
 
 
@@ -253,7 +253,7 @@ def graph(device: torch.device) -> Figures:
     )
     engine = VllmEngine([state], ranks)
     layers = np.array([0])
-    copy_rows(*engine.tables(layers, engine.placement))
+    Copies(*engine.tables(layers, engine.placement)).run()
     wanted = engine.placement[:, ::-1].copy()
     tokens = torch.arange(64, device=device)
     routed = torch.zeros_like(tokens)
@@ -270,7 +270,7 @@ def graph(device: torch.device) -> Figures:
     replay = _captured(route, device)
     replay()
     before = is_routed_by(engine.placement)
-    copy_rows(*engine.tables(layers, wanted))
+    Copies(*engine.tables(layers, wanted)).run()
     stale = is_routed_by(wanted)
     replay()
     return {"right": before and not stale and is_routed_by(wanted)}

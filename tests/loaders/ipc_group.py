@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from flash_eplb.ipc.placement import MOVE
-from flash_eplb.loaders.copies import copy_rows
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.cuda_ipc import CudaIpc
 from flash_eplb.loaders.staging import Staging, slot_views
 from flash_eplb.loaders.transport import Parcel, PeerToPeer
@@ -88,7 +88,7 @@ class Rank:
         self.weights = [[memory.tensor(SLOTS, width) for width in row] for row in WIDTHS]
         for layer in range(LAYERS):
             for slot, expert in enumerate(self.placement[layer, rank].tolist()):
-                copy_rows(slot_views(self.weights[layer], slot), expert_bytes(layer, expert))
+                Copies(slot_views(self.weights[layer], slot), expert_bytes(layer, expert)).run()
         self.staging = Staging(self.weights, 1)
         self.store = dist.FileStore(str(folder / "store"), ranks)
         fallback = PeerToPeer("gloo", self.store, rank, ranks, 20.0)
@@ -117,7 +117,7 @@ class Rank:
                 live = slot_views(self.weights[move["layer"]], int(move["slot"]))
         self.transport.exchange(moves, leaving, arriving)
         self.meet(f"staged{number}")
-        copy_rows(live, [view for parcel in arriving for view in parcel.views])
+        Copies(live, [view for parcel in arriving for view in parcel.views]).run()
         for move in moves:
             self.placement[move["layer"], move["rank"], move["slot"]] = move["expert"]
         self.check()

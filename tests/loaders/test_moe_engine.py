@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flash_eplb.loaders.copies import copy_rows
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.moe_engine import MoeEngine, MoeShape, run_alone
 
 GROUP = Path(__file__).with_name("moe_group.py")
@@ -61,7 +61,7 @@ def test_routing_follows_the_columns():
     shape = MoeShape(layers=1, experts=2, ranks=1, slots=4, top_k=1)
     engine, skew = MoeEngine(shape, 0), torch.tensor([1e6, 0.0])
     columns = np.array([[[3, 1, 1, 1]]])
-    copy_rows(*engine.tables(np.array([0]), engine.placement, columns))
+    Copies(*engine.tables(np.array([0]), engine.placement, columns)).run()
     tokens = batch(5, 4000, shape)
     assert torch.equal(engine.forward(tokens, skew), run_alone(shape, tokens, skew))
     load = engine.loads[0][0]

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from flash_eplb.loaders.copies import copy_rows
+from flash_eplb.loaders.copies import Copies
 from flash_eplb.loaders.vllm_engine import VllmEngine
 
 EXPERTS, RANKS, SLOTS = 4, 2, 3
@@ -48,7 +48,7 @@ def test_a_commit_changes_the_tables_of_its_layers_in_place():
     table = main.logical_to_physical_map
     placement = engine.placement.copy()
     placement[2] = [[3, 2, 1], [0, 3, 1]]
-    copy_rows(*engine.tables(np.array([2]), placement))
+    Copies(*engine.tables(np.array([2]), placement)).run()
     assert main.logical_to_physical_map is table
     assert main.physical_to_logical_map[1].tolist() == [3, 2, 1, 0, 3, 1]
     assert [columns_of(main, 1, expert) for expert in range(4)] == [[3], [2, 5], [1], [0, 4]]
@@ -60,11 +60,11 @@ def test_routing_weights_become_repeated_columns_and_go_again():
     main = state("main", 2)
     engine = VllmEngine([main], RANKS)
     columns = np.array([[[3, 1, 1], [1, 1, 2]]])  # of experts 0 1 2 and 3 0 1 in layer 1
-    copy_rows(*engine.tables(np.array([1]), engine.placement, columns))
+    Copies(*engine.tables(np.array([1]), engine.placement, columns)).run()
     assert columns_of(main, 1, 0) == [0, 0, 4, 0]
     assert columns_of(main, 1, 1) == [5, 1, 5]
     assert columns_of(main, 1, 2) == [2]
-    copy_rows(*engine.tables(np.array([1]), engine.placement))
+    Copies(*engine.tables(np.array([1]), engine.placement)).run()
     assert [columns_of(main, 1, expert) for expert in range(4)] == [[0, 4], [1, 5], [2], [3]]
 
 
