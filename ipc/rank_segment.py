@@ -37,6 +37,10 @@ class RankHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session: Annotated[str, Meta(max_length=32)]
 
 
+# Made here: two threads that are the first to decode a type at once crash the process in msgspec.
+_DECODER = msgspec.msgpack.Decoder(RankHeader)
+
+
 class RankAreas:
     """The areas of one rank over `body` (uint8, `segment_bytes(shape)`), as attributes:
     `status`, `timings`, `rounds`, `board`, `ballots`, `plans`, `heat`."""
@@ -124,7 +128,7 @@ class RankSegment(RankAreas):
 def decode_header(content: bytes) -> RankHeader:
     """The header in `content`; ShapeError if it is none, or of a group that cannot be."""
     try:
-        header = msgspec.msgpack.decode(content, type=RankHeader)
+        header = _DECODER.decode(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ShapeError(f"it describes no rank: {one_line(error)}") from error
     check_shape(header.shape)

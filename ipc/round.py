@@ -82,6 +82,10 @@ class Round(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unkno
         return np.frombuffer(self.columns, "<i2").reshape(layers, self.ranks, self.slots)
 
 
+# Made here: two threads that are the first to decode a type at once crash the process in msgspec.
+_DECODER = msgspec.msgpack.Decoder(Round)
+
+
 def encode_round(round_: Round) -> bytes:
     """The record's bytes."""
     return msgspec.msgpack.encode(round_)
@@ -90,7 +94,7 @@ def encode_round(round_: Round) -> bytes:
 def decode_round(record: bytes) -> Round:
     """The round in `record`; RoundError if there is none."""
     try:
-        return msgspec.msgpack.decode(record, type=Round)
+        return _DECODER.decode(record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RoundError(f"not a round: {one_line(error)}") from error
 

@@ -87,6 +87,9 @@ class _Offer(msgspec.Struct):
     places: list[list[list[_Place]]] = []
 
 
+_OFFER = msgspec.msgpack.Decoder(_Offer)  # see ipc/round.py
+
+
 class CudaIpc:
     """See the module. Where a rank cannot share or open memory, `fallback` serves on all ranks.
 
@@ -214,7 +217,7 @@ class CudaIpc:
         for rank in range(self._ranks):
             if rank == self._rank or rank in self._peers:
                 continue
-            offer = msgspec.msgpack.decode(self._store.get(f"offer{rank}"), type=_Offer)
+            offer = _OFFER.decode(self._store.get(f"offer{rank}"))
             if offer.error:
                 return f"cannot open the memory of EP rank {rank} ({offer.error})"
             try:

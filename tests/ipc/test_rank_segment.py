@@ -1,5 +1,6 @@
 import os
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from flash_eplb.ipc.rank_segment import (
     segment_bytes,
     why_silent,
 )
-from flash_eplb.ipc.round import record_limit
+from flash_eplb.ipc.round import Round, encode_round, record_limit
 from flash_eplb.ipc.round_log import RoundLog, Transfer
 from flash_eplb.ipc.shape import GroupShape, ModelShape
 from flash_eplb.ipc.status import Field, State, StepTimings
@@ -202,3 +203,36 @@ def test_that_a_name_is_gone_says_nothing_of_its_owner(session):
     mine.close()
     assert found.why_silent() == "is dead"
     found.close()
+
+
+FIRST = """
+import gc, sys, threading
+from flash_eplb.ipc.rank_segment import decode_header
+from flash_eplb.ipc.round import decode_round
+
+def decode():
+    start.wait()
+    read(content)
+
+read = {"header": decode_header, "round": decode_round}[sys.argv[1]]
+content = bytes.fromhex(sys.argv[2])
+sys.setswitchinterval(1e-6)
+gc.set_threshold(1)
+start = threading.Barrier(8)
+threads = [threading.Thread(target=decode) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+FIRST_READ = {
+    "header": msgspec.msgpack.encode(RankHeader(SHAPE, 1, "a")),
+    "round": encode_round(Round(1, 1, 1, True, 0, 3, 2, 3, b"")),
+}
+
+
+@pytest.mark.parametrize("what", FIRST_READ)
+def test_threads_may_be_the_first_to_read_one_at_once(start, what):
+    """In four processes: it is by chance that they are all within msgspec's first look at it."""
+    scripts = [start(FIRST, what, FIRST_READ[what].hex()) for _ in range(4)]
+    assert [script.end() for script in scripts] == [0] * 4
