@@ -114,7 +114,7 @@ class Copies:
             if not len(piece):
                 continue
             self._watch(target)
-            if not _is_by_itself(source):  # else nobody has it but us
+            if not _is_by_itself(source):  # else it is ours, or a row that the engine lends
                 self._watch(source)
 
     def _watch(self, tensor: torch.Tensor) -> None:
