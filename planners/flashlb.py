@@ -207,8 +207,10 @@ class FlashLB:
         self._promises.remember(offers, taken, every_layer)
         self._going.remember(offers, taken)
         plan = self._plan(window, shown, before, taken, rerouted)
+        if plan:
+            return plan
         why = why_quiet(len(today), uneven, len(winning), len(offers), self.min_gain)
-        return plan if plan else replace(plan, why=why if room else "no move is allowed")
+        return replace(plan, why=why if room else "no move is allowed")
 
     def forget(self) -> None:
         """The last plan was not carried out: the layers that it changes may be anywhere."""

@@ -258,6 +258,13 @@ def swap(layer, rank, slot, other, other_slot):
     layer.held[rank, expert] = layer.held[other, other_expert] = 0
     layer.held[rank, other_expert] = layer.held[other, expert] = 1
     share, other_share = layer.share[expert], layer.share[other_expert]
+    exchange_heat(layer, rank, expert, share, other, other_expert, other_share)
+
+
+@njit(**INLINE)
+def exchange_heat(layer, rank, expert, share, other, other_expert, other_share):
+    """Let `rank` bear `share` less of the heat of `expert` and `other_share` more of that of
+    `other_expert`, and `other` the reverse; the highest loads follow."""
     heat, loads, top, at = layer.heat, layer.loads, layer.top, layer.at
     mine, theirs = np.int32(rank), np.int32(other)
     changed = 0
@@ -265,24 +272,17 @@ def swap(layer, rank, slot, other, other_slot):
         shift = heat[expert, t] * share - heat[other_expert, t] * other_share
         loads[rank, t] -= shift
         loads[other, t] += shift
-        changed += is_touched(loads, top, at, t, mine, theirs)
-    find_touched(layer, mine, theirs, changed)
-
-
-@njit(**INLINE)
-def find_touched(layer, rank, other, changed):
-    """The highest loads after two ranks have changed: of the `changed` episodes if they are few."""
-    loads, top, at = layer.loads, layer.top, layer.at
-    if changed * SCALAR > loads.shape[1]:
+        changed += _is_touched(loads, top, at, t, mine, theirs)
+    if changed * SCALAR > heat.shape[1]:
         find_highest(layer)
     else:
-        for t in range(loads.shape[1]):
-            if is_touched(loads, top, at, t, rank, other):
+        for t in range(heat.shape[1]):
+            if _is_touched(loads, top, at, t, mine, theirs):
                 highest_of(layer, t)
 
 
 @njit(**INLINE)
-def is_touched(loads, top, at, t, rank, other):
+def _is_touched(loads, top, at, t, rank, other):
     """Whether a change of two ranks' loads may have changed the three highest of episode `t`."""
     among = (at[0, t] == rank) | (at[1, t] == rank) | (at[2, t] == rank)
     among |= (at[0, t] == other) | (at[1, t] == other) | (at[2, t] == other)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .layer import FAST, find_highest, find_touched, is_touched, new_layer, peak, settle
+from .layer import FAST, exchange_heat, find_highest, new_layer, peak, settle
 from .scale import scale_heat
 
 FIRST_COLUMNS = 16
@@ -253,15 +253,8 @@ def _shift(layer, columns, expert, rank, slot, other, other_slot, amount, totals
     """Give `amount` columns of one replica to another."""
     columns[rank, slot] -= amount
     columns[other, other_slot] += amount
-    loads, top, at = layer.loads, layer.top, layer.at
-    here, there = np.int32(rank), np.int32(other)
-    changed = 0
-    for t in range(layer.heat.shape[1]):
-        shift = layer.heat[expert, t] * np.float32(amount / totals[expert])
-        loads[rank, t] -= shift
-        loads[other, t] += shift
-        changed += is_touched(loads, top, at, t, here, there)
-    find_touched(layer, here, there, changed)
+    share = np.float32(amount / totals[expert])
+    exchange_heat(layer, rank, expert, share, other, expert, np.float32(0))
 
 
 @njit(**FAST)

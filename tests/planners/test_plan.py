@@ -219,7 +219,8 @@ def test_rows_and_nodes_beyond_all_there_are_are_no_limit():
 @pytest.mark.parametrize("near", [0, 1.5, "2", True])
 def test_nodes_of_no_whole_number_of_ranks_are_refused(near):
     before = np.array([[[0], [1]]])
-    with pytest.raises(ValueError, match=re.escape(f"ranks_per_node is {near!r}; it must be a")):
+    text = f"ranks_per_node is {near!r}; it must be a whole number of at least 1"
+    with pytest.raises(ValueError, match=re.escape(text)):
         make_plan(before, before, ranks_per_node=near)
 
 
